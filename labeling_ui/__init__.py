@@ -1,0 +1,1 @@
+"""The humans: the label store, the ranking app, simulated annotators."""

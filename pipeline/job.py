@@ -1,0 +1,142 @@
+"""What passes between the core and a stage: the job it is given and the place where it works.
+
+The parent writes a job as JSON; the child (see `worker.py`) calls the stage's
+`run(settings, inputs, out)` with `Settings`, `Inputs` and `Out` and gets the metrics back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.records import canonical_json
+
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Input:
+    """One thing that a stage reads: the artifact of another step, or what the user gave.
+
+    Exactly one of `path` (an artifact folder of ours) and `sources` is set.
+    """
+
+    role: str
+    digest: str
+    path: Path | None = None
+    step: str | None = None
+    stage: str | None = None
+    fingerprint: str | None = None
+    sources: tuple[str, ...] = ()
+    contract: dict[str, Any] = field(default_factory=dict)
+
+
+Inputs = dict[str, Input]
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a child process needs to run one step."""
+
+    step: str
+    stage: str
+    module: str
+    round: int
+    fingerprint: str
+    work: Path
+    run_dir: Path
+    settings: dict[str, Any]
+    inputs: Inputs
+    manifest: dict[str, Any]
+    """The manifest as far as the parent knows it; the child completes it."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), default=str, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        row = json.loads(text)
+        inputs = {
+            role: Input(
+                **{
+                    **item,
+                    "path": Path(item["path"]) if item["path"] else None,
+                    "sources": tuple(item["sources"]),
+                }
+            )
+            for role, item in row["inputs"].items()
+        }
+        paths = {"work": Path(row["work"]), "run_dir": Path(row["run_dir"])}
+        return cls(**{**row, **paths, "inputs": inputs})
+
+
+class Out:
+    """Where a stage works, and how it tells the world what it does.
+
+    artifact: folder for the result; only rank 0 writes there; published after `run` returns.
+    checkpoints: folder for the stage's own checkpoints.
+    contract, derived, cost: dicts that the stage fills; they go into the manifest.
+    resumed_from: set by the stage to the step it continued from.
+    """
+
+    def __init__(self, job: Job, rank: int = 0, world_size: int = 1) -> None:
+        self.step = job.step
+        self.stage = job.stage
+        self.round = job.round
+        self.run_dir = job.run_dir
+        self.work = job.work
+        self.artifact = job.work / "artifact.tmp"
+        self.checkpoints = job.work / "checkpoints"
+        self.rank = rank
+        self.world_size = world_size
+        self.contract: dict[str, Any] = {}
+        self.derived: dict[str, Any] = {}
+        self.cost: dict[str, float] = {"tokens": 0, "flops": 0.0}
+        self.resumed_from: int | None = None
+        self._last_beat = 0.0
+        self._metrics = job.work / "metrics.jsonl"
+
+    def say(self, text: str) -> None:
+        """A line for people, from rank 0, on stderr."""
+        if self.rank == 0:
+            print(f"{self.step}: {text}", file=sys.stderr, flush=True)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """One row of metrics.jsonl and one line on screen. `step` counts the stage's own steps."""
+        if self.rank != 0:
+            return
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(canonical_json({"step": step, **metrics, "time": round(time.time(), 3)}) + "\n")
+        shown = "  ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in metrics.items()
+            if isinstance(value, int | float)
+        )
+        self.say(f"step {step}  {shown}")
+
+    def rewind(self, step: int) -> None:
+        """Forget the metric rows after `step`: the work behind them is going to be done again."""
+        if self.rank != 0 or not self._metrics.exists():
+            return
+        rows = self._metrics.read_text(encoding="utf-8").split("\n")
+        # the last line may be torn by the kill that made the rewind necessary
+        kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]
+        temporary = self._metrics.with_suffix(".tmp")
+        temporary.write_text("".join(row + "\n" for row in kept), encoding="utf-8")
+        os.replace(temporary, self._metrics)
+
+    def progress(self, done: int, total: int, unit: str = "step") -> None:
+        """A heartbeat, at most twice a second: `status` shows it and can tell alive from dead."""
+        now = time.time()
+        if self.rank != 0 or (now - self._last_beat < 0.5 and done < total):
+            return
+        self._last_beat = now
+        beat = {"done": done, "total": total, "unit": unit, "pid": os.getpid(), "time": now}
+        temporary = self.work / "heartbeat.tmp"
+        temporary.write_text(json.dumps(beat), encoding="utf-8")
+        os.replace(temporary, self.work / "heartbeat.json")

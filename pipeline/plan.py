@@ -1,0 +1,161 @@
+"""Settings -> the ordered steps of the line, as data.
+
+A stage's `version` is raised when the same settings give other numbers. `sections` are the
+settings that a stage may read; they are what its fingerprint covers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pipeline.settings import Settings
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the core knows of a stage without importing it."""
+
+    name: str
+    module: str
+    version: int
+    kind: str
+    """Kind of the artifact it makes."""
+    sections: tuple[str, ...]
+
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage("tokenizer", "stages.tokenizer", 1, "tokenizer", ("tokenizer",)),
+        Stage("pretrain", "stages.pretrain", 1, "model", ("model", "pretrain")),
+        Stage("sft", "stages.sft", 1, "model", ("model", "sft")),
+        Stage("sample", "stages.sample", 1, "samples", ("model", "sample")),
+        Stage("rank", "labeling_ui.rank", 1, "rankings", ("rank",)),
+        Stage("reward", "stages.reward", 1, "reward_model", ("model", "reward")),
+        Stage("ppo", "stages.ppo", 1, "policy", ("model", "sample", "ppo")),
+        Stage(
+            "evaluate",
+            "stages.evaluate",
+            1,
+            "evaluation",
+            ("model", "pretrain", "sft", "sample", "reward", "evaluate"),
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a pipeline: a stage in a round, and where its inputs come from."""
+
+    name: str
+    """Unique: `ppo`, then `ppo-2` in the second round."""
+    stage: Stage
+    round: int
+    inputs: dict[str, str] = field(default_factory=dict)
+    """role -> name of the step whose artifact is read."""
+    sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """role -> data or model given by the user: paths, `demo:NAME`, hub ids."""
+
+
+def plan(settings: Settings) -> list[Step]:
+    """The steps that this configuration asks for, each after everything it reads."""
+    steps: list[Step] = []
+
+    def add(
+        stage: str,
+        round: int,
+        inputs: dict[str, str | None],
+        sources: dict[str, tuple[str, ...] | None] | None = None,
+    ) -> str:
+        name = stage if round == 1 else f"{stage}-{round}"
+        steps.append(
+            Step(
+                name,
+                STAGES[stage],
+                round,
+                {role: step for role, step in inputs.items() if step},
+                {role: given for role, given in (sources or {}).items() if given},
+            )
+        )
+        return name
+
+    base = (settings.model.base,) if settings.model.base else None
+    model: str | None = None
+    # a role is either a step of ours or, where that is None, the user's model
+    if settings.pretrain.data:
+        tokenizer = None
+        if base is None:
+            text = settings.tokenizer.data or settings.pretrain.data
+            tokenizer = add("tokenizer", 1, {}, {"data": text})
+        model = add(
+            "pretrain",
+            1,
+            {"tokenizer": tokenizer},
+            {"base": base, "data": settings.pretrain.data},
+        )
+    before_sft = model
+    if settings.sft.data:
+        model = add(
+            "sft", 1, {"model": model}, {"model": None if model else base, "data": settings.sft.data}
+        )
+    sft = model
+    if not (settings.sample.prompts or settings.rank.data):
+        return steps
+
+    samples = rankings = None
+    policy = sft
+    for round in range(1, settings.run.rounds + 1):
+        if settings.sample.prompts:
+            samples = add(
+                "sample",
+                round,
+                {"model": policy},
+                {"model": None if policy else base, "prompts": settings.sample.prompts},
+            )
+        rankings = add(
+            "rank",
+            round,
+            {"samples": samples, "rankings": rankings},
+            {"data": settings.rank.data if round == 1 else None},
+        )
+        reward = add(
+            "reward",
+            round,
+            {"model": sft, "rankings": rankings, "samples": samples},
+            {"model": None if sft else base},
+        )
+        policy = add(
+            "ppo",
+            round,
+            {
+                "model": policy,
+                "reference": sft,
+                "reward_model": reward,
+                "prompts": None if settings.ppo.prompts else samples or rankings,
+            },
+            {
+                "model": None if policy else base,
+                "reference": None if sft else base,
+                "prompts": settings.ppo.prompts,
+            },
+        )
+        add(
+            "evaluate",
+            round,
+            {
+                "policy": policy,
+                "sft": sft,
+                "base": before_sft if before_sft != sft else None,
+                "reward_model": reward,
+                "rankings": rankings,
+                "prompts": None if settings.evaluate.prompts else samples or rankings,
+            },
+            {
+                "sft": None if sft else base,
+                "base": base if (before_sft is None and sft) else None,
+                "prompts": settings.evaluate.prompts,
+                "text": settings.evaluate.text or settings.pretrain.data or settings.sft.data,
+            },
+        )
+    return steps

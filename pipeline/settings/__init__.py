@@ -1,0 +1,62 @@
+"""Every knob of the toolkit: one typed tree, a file per top-level key."""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+
+from pipeline.config import Strict
+from pipeline.settings.evaluate import EvaluateSettings
+from pipeline.settings.launch import LaunchSettings
+from pipeline.settings.model import LoraSettings, ModelSettings
+from pipeline.settings.ppo import PpoSettings
+from pipeline.settings.pretrain import PretrainSettings
+from pipeline.settings.rank import RankSettings
+from pipeline.settings.reward import RewardSettings
+from pipeline.settings.run import RunSettings
+from pipeline.settings.sample import SampleSettings
+from pipeline.settings.sft import SftSettings
+from pipeline.settings.tokenizer import TokenizerSettings
+
+__all__ = ["LoraSettings", "Settings"]
+
+
+class Settings(Strict):
+    """The whole tree. A section that is not given keeps its defaults."""
+
+    run: RunSettings = RunSettings()
+    """Identity, seed, rounds."""
+    model: ModelSettings = ModelSettings()
+    """The language model."""
+    tokenizer: TokenizerSettings = TokenizerSettings()
+    """The tokenizer of a new model."""
+    pretrain: PretrainSettings = PretrainSettings()
+    """Pretraining."""
+    sft: SftSettings = SftSettings()
+    """Supervised fine-tuning."""
+    sample: SampleSettings = SampleSettings()
+    """Sampling responses to rank."""
+    rank: RankSettings = RankSettings()
+    """Ranking."""
+    reward: RewardSettings = RewardSettings()
+    """The reward model."""
+    ppo: PpoSettings = PpoSettings()
+    """Policy optimisation."""
+    evaluate: EvaluateSettings = EvaluateSettings()
+    """Evaluation."""
+    launch: LaunchSettings = LaunchSettings()
+    """Processes."""
+
+    @model_validator(mode="after")
+    def _a_pipeline_can_start(self) -> Settings:
+        if self.model.base is None and self.pretrain.data is None:
+            raise ValueError(
+                "there is nothing to start from: set model.base to a model, or pretrain.data to text"
+            )
+        if self.pretrain.objective == "masked" and (self.sft.data or self.sample.prompts):
+            raise ValueError(
+                "pretrain.objective: masked trains an encoder, which cannot feed sft or sample;"
+                " use causal, or remove sft.data and sample.prompts"
+            )
+        if self.run.rounds > 1 and self.sample.prompts is None:
+            raise ValueError("run.rounds above 1 needs sample.prompts to sample from")
+        return self

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from pipeline.config import Strict, unhashed
+from pipeline.settings.model import DataSources
+
+
+class EvaluateSettings(Strict):
+    """Policy against sft (and base) on held-out prompts."""
+
+    prompts: DataSources | None = unhashed(None)
+    """Prompts; null uses the test prompts of the sample step, or else the held-out rankings'."""
+    text: DataSources | None = unhashed(None)
+    """Held-out text for the perplexity; null uses the held-out part of pretrain.data or sft.data."""
+    max_prompts: int = Field(300, ge=1)
+    """Held-out prompts that are answered by each model."""
+    judge: Literal["rubric", "reward_model"] = "reward_model"
+    """rubric: the demo's hidden rubric. reward_model: a second one, trained on the held-out rankings."""
+    temperature: float = Field(1.0, gt=0, le=5)
+    """Sampling temperature."""
+    max_prompt_tokens: int = Field(256, ge=1)
+    """Longer prompts are left out and counted."""
+    max_response_tokens: int = Field(128, ge=1)
+    """Responses are cut at this many tokens."""
+    max_documents: int = Field(200, ge=1)
+    """Held-out documents for the perplexity."""
+    rows_per_rank: int = unhashed(128, ge=1)
+    """Responses that one process decodes or scores at once (memory, not result)."""

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config import Strict, unhashed
+from pipeline.settings.model import DataSources, LoraSettings
+
+
+class PpoSettings(Strict):
+    """Proximal policy optimisation against the reward model (arXiv 1707.06347, 2203.02155)."""
+
+    prompts: DataSources | None = unhashed(None)
+    """Prompts; null uses those of the sample step, or else of the rankings."""
+    updates: int = Field(100, ge=1)
+    """PPO updates: rollout, then epochs of optimisation."""
+    prompts_per_step: int = Field(64, ge=1)
+    """Rollouts of one update, over all ranks; one response for each prompt."""
+    minibatch_rows: int | None = Field(None, ge=1)
+    """Rollouts of one optimiser step, over all ranks; null is prompts_per_step."""
+    rows_per_rank: int = unhashed(64, ge=1)
+    """Rollouts that one process decodes or trains on at once (memory, not result)."""
+    epochs: int = Field(4, ge=1)
+    """Passes over the rollouts of an update (TRL, Ziegler et al. 2019: 4)."""
+    max_prompt_tokens: int = Field(256, ge=1)
+    """Longer prompts are left out and counted."""
+    max_response_tokens: int = Field(128, ge=1)
+    """Responses are cut at this many tokens."""
+    temperature: float = Field(1.0, gt=0, le=5)
+    """Sampling temperature; the same one divides the logits of every logprob."""
+    lr: float = Field(3e-6, gt=0)
+    """Peak learning rate of the policy, linear to 0 (TRL: 3e-6; small models want far more)."""
+    value_lr: float | None = Field(None, gt=0)
+    """Peak learning rate of the value model; null is lr."""
+    warmup_fraction: float = Field(0.03, ge=0, le=1)
+    """Fraction of the optimiser steps with a linear warm-up."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients of policy and value model are clipped to this norm, each on its own."""
+    kl_coef: float = Field(0.05, ge=0)
+    """Weight of the per-token KL to the reference in the reward, per nat (k1; TRL: 0.05)."""
+    kl_control: Literal["fixed", "adaptive"] = "fixed"
+    """adaptive: steer kl_coef towards kl_target (Ziegler et al. 2019, section 2.2)."""
+    kl_target: float = Field(6.0, gt=0)
+    """Target of the adaptive controller, in nats a response."""
+    kl_horizon: int = Field(10_000, ge=1)
+    """Horizon of the adaptive controller, in rollouts."""
+    gamma: float = Field(1.0, gt=0, le=1)
+    """Discount (1: episodes are short)."""
+    lam: float = Field(0.95, ge=0, le=1)
+    """lambda of generalised advantage estimation (arXiv 1506.02438)."""
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    """The ratio is clipped below at 1 - clip_low (PPO paper, eq. 7: 0.2)."""
+    clip_high: float = Field(0.2, gt=0)
+    """The ratio is clipped above at 1 + clip_high."""
+    value_clip: float = Field(0.2, gt=0)
+    """A value may move this far from its rollout value in one update."""
+    whiten_advantages: bool = True
+    """Advantages to mean 0 and standard deviation 1 over all tokens of all ranks."""
+    score_clip: float = Field(5.0, gt=0)
+    """Normalised reward-model scores are clipped to +- this (DeepSpeed-Chat: 5)."""
+    missing_eos_penalty: float = Field(1.0, ge=0)
+    """Subtracted from the score of a response that does not end by itself."""
+    value_warmup_updates: int = Field(0, ge=0)
+    """First updates that train the value model only."""
+    lora: LoraSettings = LoraSettings()
+    """Low-rank adapters for the policy instead of full fine-tuning."""
+    eval_every_updates: int = Field(10, ge=1)
+    """Score the policy on validation prompts every so many updates; the best one is kept."""
+    eval_prompts: int = Field(128, ge=1)
+    """Validation prompts used for it."""
+    checkpoint_every_updates: int = unhashed(10, ge=1)
+    """Save a checkpoint every so many updates."""
+
+    @model_validator(mode="after")
+    def _minibatches_divide(self) -> PpoSettings:
+        if self.minibatch_rows and self.prompts_per_step % self.minibatch_rows:
+            raise ValueError(
+                f"minibatch_rows {self.minibatch_rows} does not divide"
+                f" prompts_per_step {self.prompts_per_step}"
+            )
+        return self
