@@ -61,8 +61,8 @@ def well_formed(response: str) -> bool:
 def _adherence(request: Request, known: list[Sentence]) -> dict[str, float]:
     shown = {sentence.kind for sentence in known if sentence.kind.startswith("trait:")}
     problem = _first_problem(known)
-    right_problem = bool(problem) and problem.kind == f"problem:{request.problem}" if problem else False
-    right_object = problem.slots["object"] == request.object if problem else False
+    right_problem = problem is not None and problem.kind == f"problem:{request.problem}"
+    right_object = problem is not None and problem.slots["object"] == request.object
     return {
         "hero": float(_first("hero", known) == request.hero),
         "animal": float(_first("animal", known) == request.animal),

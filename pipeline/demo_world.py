@@ -17,28 +17,24 @@ A story that is told wrongly on purpose (wrong_hero, wrong_animal, wrong_problem
 
 import random
 import re
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 VERSION = 1  # raised when the same calls give other text; tests/unit/test_demo_world.py pins the text
 
-# Every word below starts with a consonant where it follows "a", occurs in one list only, and never as a fixed word
-# of a sentence: then a sentence can be recognised by replacing its words with the names of their lists.
-HEROES = (
-    "Mia Tom Lily Ben Rosa Max Nora Sam Ruby Leo Zoe Finn Clara Hugo Tess Otto Maya Jack Nina Paul Vera Gus Dora Karl"
-).split()
-ANIMALS = "fox rabbit bear mouse frog hen duck goat cat wolf pig deer mole badger turtle squirrel".split()
-TRAITS = "shy brave curious lazy clumsy proud hungry polite".split()
-OBJECTS = "kite drum lamp bell cup boat clock flute basket ring mirror bowl whistle puppet sled ladder".split()
-PLACES = "forest meadow valley hill garden village farm lake beach mountain".split()
-HELPERS = "owl crow beaver heron moose toad otter robin".split()
+# A word occurs in one list only and never as a fixed word of a sentence: so a sentence is recognised by its fixed words.
 SLOTS = {
-    "hero": HEROES,
-    "animal": ANIMALS,
-    "trait": TRAITS,
-    "object": OBJECTS,
-    "place": PLACES,
-    "helper": HELPERS,
+    slot: words.split()
+    for slot, words in {
+        "hero": "Mia Tom Lily Ben Rosa Max Nora Sam Ruby Leo Zoe Finn "
+        "Clara Hugo Tess Otto Maya Jack Nina Paul Vera Gus Dora Karl",
+        "animal": "fox rabbit bear mouse frog hen duck goat cat wolf pig deer mole badger turtle squirrel",
+        "trait": "shy brave curious lazy clumsy proud hungry polite",
+        "object": "kite drum lamp bell cup boat clock flute basket ring mirror bowl whistle puppet sled ladder",
+        "place": "forest meadow valley hill garden village farm lake beach mountain",
+        "helper": "owl crow beaver heron moose toad otter robin",
+    }.items()
 }
 
 PROBLEMS = {  # problem -> how a request says it
@@ -227,7 +223,7 @@ LEAVES_OUT = {  # flaw -> the part that it takes out of the story
 }
 REQUEST_SHARE = 0.7  # share of the pretraining documents that carry a request
 LEFT_OUT_SHARE = 0.25  # how often a pretraining story does without each part of LEAVES_OUT: stories differ
-REPLACED_SHARE = 0.65  # how often something idle takes the place of a part left out: keeps length and quality apart
+REPLACED_SHARE = 0.9  # how often something idle takes the place of a part left out: keeps length and quality apart
 SPLIT_SIZES = {"train": 2000, "validation": 160, "test": 480}
 _SPLIT_OF_CELL = ("train",) * 6 + ("validation", "test")
 
@@ -296,7 +292,7 @@ def phrase(request: Request, template: str) -> str:
     return template.replace("PROBLEM", PROBLEMS[request.problem]).format(**request._asdict())
 
 
-def tell(request: Request, rng: random.Random, flaws: Set[str] = frozenset()) -> str:
+def tell(request: Request, rng: random.Random, flaws: AbstractSet[str] = frozenset()) -> str:
     """A story that answers the request, with exactly the flaws given (names of FLAW_RATES)."""
     told = _misread(request, rng, flaws)
     patterns = _choose_patterns(told, rng, flaws)
@@ -304,20 +300,14 @@ def tell(request: Request, rng: random.Random, flaws: Set[str] = frozenset()) ->
     if "changes_hero" in flaws:
         naming = [index for index, pattern in enumerate(patterns) if index and "{hero}" in pattern]
         change = rng.choice(naming)
-        names[change:] = [_another(HEROES, told.hero, rng)] * (len(patterns) - change)
+        names[change:] = [_another(SLOTS["hero"], told.hero, rng)] * (len(patterns) - change)
     if "repeats" in flaws:
         twice = rng.randrange(1, len(patterns))
         patterns.insert(twice, patterns[twice])
         names.insert(twice, names[twice])
-    place, helper = rng.choice(PLACES), rng.choice(HELPERS)
-    slots = {"animal": told.animal, "object": told.object, "place": place, "helper": helper}
+    slots = {"animal": told.animal, "object": told.object}
+    slots |= {slot: rng.choice(SLOTS[slot]) for slot in ("place", "helper")}
     return " ".join(pattern.format(hero=name, **slots) for pattern, name in zip(patterns, names, strict=True))
-
-
-def split_of(request: Request) -> str | None:
-    """The split whose prompts may hold this request, or None for a mixture that no split uses."""
-    cells = {_SPLIT_OF_CELL[cell] for cell in _pair_cells(request)}
-    return cells.pop() if len(cells) == 1 else None
 
 
 def parse_request(text: str) -> Request | None:
@@ -333,9 +323,9 @@ def parse(text: str) -> list[Sentence]:
     """The sentences of any text, each with its kind."""
     sentences = []
     for sentence in re.split(r"(?<=[.!?])\s+", text.strip()) if text.strip() else ():
-        pattern, slots = _mask(sentence)
-        kind = _KIND_OF_PATTERN.get(pattern, "")
-        sentences.append(Sentence(sentence, pattern, kind, {slot: words[0] for slot, words in slots.items()}))
+        pattern, words = _mask(sentence)
+        slots = {slot: first for slot, (first, *_) in words.items()}
+        sentences.append(Sentence(sentence, pattern, _KIND_OF_PATTERN.get(pattern, ""), slots))
     return sentences
 
 
@@ -356,38 +346,35 @@ def _mask(text: str) -> tuple[str, dict[str, list[str]]]:
         slots.setdefault(slot, []).append(word)
         return f"{{{slot}}}"
 
-    return re.sub(r"\w+", replace, text), slots
-
-
-def _pair_cells(request: Request) -> tuple[int, int, int]:
-    animal = ANIMALS.index(request.animal)
-    others = OBJECTS.index(request.object), TRAITS.index(request.trait), HEROES.index(request.hero)
-    cells = tuple((animal + other) % len(_SPLIT_OF_CELL) for other in others)
-    return cells[0], cells[1], cells[2]
+    # a brace in the text must not look like one of ours
+    return re.sub(r"\w+", replace, text.replace("{", "(")), slots
 
 
 def _draw_request(rng: random.Random, split: str) -> Request:
     """A request whose three pairs all belong to the split: the animal first, then what may go with it."""
-    animal = rng.randrange(len(ANIMALS))
+    animal = rng.randrange(len(SLOTS["animal"]))
 
-    def fitting(words: list[str]) -> str:
-        return rng.choice([w for i, w in enumerate(words) if _SPLIT_OF_CELL[(animal + i) % 8] == split])
+    def fitting(slot: str) -> str:
+        return rng.choice([word for i, word in enumerate(SLOTS[slot]) if _SPLIT_OF_CELL[(animal + i) % 8] == split])
 
-    hero, trait, thing = fitting(HEROES), fitting(TRAITS), fitting(OBJECTS)
-    return Request(hero, ANIMALS[animal], trait, thing, rng.choice(list(PROBLEMS)))
+    problem = rng.choice(list(PROBLEMS))
+    return Request(fitting("hero"), SLOTS["animal"][animal], fitting("trait"), fitting("object"), problem)
 
 
-def _misread(request: Request, rng: random.Random, flaws: Set[str]) -> Request:
+def _misread(request: Request, rng: random.Random, flaws: AbstractSet[str]) -> Request:
     """The request as a careless teller remembers it."""
-    hero = _another(HEROES, request.hero, rng) if "wrong_hero" in flaws else request.hero
-    animal = _another(ANIMALS, request.animal, rng) if "wrong_animal" in flaws else request.animal
-    thing, problem = request.object, request.problem
+    told = request
+    if "wrong_hero" in flaws:
+        told = told._replace(hero=_another(SLOTS["hero"], told.hero, rng))
+    if "wrong_animal" in flaws:
+        told = told._replace(animal=_another(SLOTS["animal"], told.animal, rng))
     if "wrong_problem" in flaws:
-        thing, problem = _another(OBJECTS, thing, rng), _another(list(PROBLEMS), problem, rng)
-    return Request(hero, animal, request.trait, thing, problem)
+        thing, problem = _another(SLOTS["object"], told.object, rng), _another(list(PROBLEMS), told.problem, rng)
+        told = told._replace(object=thing, problem=problem)
+    return told
 
 
-def _choose_patterns(told: Request, rng: random.Random, flaws: Set[str]) -> list[str]:
+def _choose_patterns(told: Request, rng: random.Random, flaws: AbstractSet[str]) -> list[str]:
     """The sentence patterns of a story, in order: its parts, what stands in for those left out, and scenery."""
     early, late = ["trait", "problem"], ["feeling", "dialogue"]
     rng.shuffle(early)
@@ -399,7 +386,7 @@ def _choose_patterns(told: Request, rng: random.Random, flaws: Set[str]) -> list
             kinds.append({"trait": f"trait:{told.trait}"}.get(part, part))
         elif rng.random() < REPLACED_SHARE:
             kinds.append(rng.choice(("failed", "failed", "filler")) if part == "solution" else "filler")
-    for _ in range(rng.choice((0, 1, 1, 2))):
+    for _ in range(rng.choice((0, 0, 1, 1))):
         # never behind the ending: a story that has one stops there
         kinds.insert(rng.randrange(1, len(kinds)), "filler")
     scenery = iter(rng.sample(SENTENCES["filler"], len(SENTENCES["filler"])))
