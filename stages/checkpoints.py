@@ -1,0 +1,151 @@
+"""One checkpointer for our loops: whole or not at all, verified on load, no pickle.
+
+A checkpoint is a folder `step-00000120/` with safetensors files, `state.json` and a `MANIFEST.json`
+of sha256 sums. It is written under another name, flushed to disk and renamed; older ones are
+deleted only after that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline.job import Out
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """step: how much is done. tensors: group -> name -> tensor. state: plain JSON values."""
+
+    step: int
+    tensors: dict[str, Tensors]
+    state: dict[str, Any]
+
+
+class Checkpointer:
+    """Saves and finds the checkpoints of one step of the line."""
+
+    def __init__(self, out: Out, keep: int, accelerator: Accelerator | None = None) -> None:
+        self._folder = out.checkpoints
+        self._keep = keep
+        self._accelerator = accelerator
+        self._out = out
+
+    def save(self, step: int, tensors: dict[str, Tensors], state: dict[str, Any]) -> None:
+        """Write a checkpoint (rank 0), wait until it is on disk, then delete the oldest ones."""
+        if self._out.rank == 0:
+            self._write(step, tensors, state)
+        if self._accelerator is not None:
+            self._accelerator.wait_for_everyone()
+
+    def _write(self, step: int, tensors: dict[str, Tensors], state: dict[str, Any]) -> None:
+        final = self._folder / f"step-{step:08d}"
+        temporary = self._folder / f"tmp-step-{step:08d}"
+        for leftover in self._folder.glob("tmp-*"):
+            shutil.rmtree(leftover)
+        temporary.mkdir(parents=True)
+        for group, named in tensors.items():
+            on_cpu = {name: t.detach().cpu().contiguous() for name, t in named.items()}
+            save_file(on_cpu, temporary / f"{group}.safetensors")
+        (temporary / "state.json").write_text(json.dumps({"step": step, **state}))
+        sums = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+        (temporary / "MANIFEST.json").write_text(json.dumps(sums))
+        for path in temporary.iterdir():
+            _fsync(path)
+        _fsync(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        _fsync(self._folder)
+        for old in sorted(self._folder.glob("step-*"))[: -self._keep]:
+            # renamed first: a kill while deleting must not leave half a checkpoint under this name
+            doomed = old.with_name(f"tmp-{old.name}")
+            os.replace(old, doomed)
+            shutil.rmtree(doomed)
+
+    def load_latest(self) -> Checkpoint | None:
+        """The newest checkpoint whose every file is as it was written; says which ones are not."""
+        for folder in sorted(self._folder.glob("step-*"), reverse=True):
+            problem = _damage(folder)
+            if problem:
+                self._out.say(f"checkpoint {folder.name} is damaged ({problem}); using the one before")
+                continue
+            state = json.loads((folder / "state.json").read_text())
+            tensors = {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
+            step = state.pop("step")
+            self._out.say(f"continuing from {folder.name}")
+            self._out.resumed_from = step
+            self._out.rewind(step)
+            return Checkpoint(step, tensors, state)
+        # rows of a start that never reached a checkpoint
+        self._out.rewind(0)
+        return None
+
+
+def _damage(folder: Path) -> str | None:
+    try:
+        sums = json.loads((folder / "MANIFEST.json").read_text())
+        for name, expected in sums.items():
+            if _sha256(folder / name) != expected:
+                return f"{name} has changed"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def trainable_tensors(model: nn.Module) -> Tensors:
+    """The trainable parameters by name; a tied one appears once."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trainable(model: nn.Module, tensors: Tensors) -> None:
+    """Copy saved parameters back; the names must match exactly."""
+    parameters = trainable_tensors(model)
+    assert parameters.keys() == tensors.keys(), parameters.keys() ^ tensors.keys()
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
+    """AdamW's moments and step counts under stable names."""
+    found: Tensors = {}
+    for index, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            found[f"{index}.{name}"] = torch.as_tensor(value)
+    return found
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
+    """Put saved moments back; learning rates are set by the loop at each step."""
+    state: dict[int, Tensors] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
