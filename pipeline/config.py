@@ -44,13 +44,19 @@ def load_settings(
     Raises:
         ConfigError: every problem at once, each with its key, source and suggestion.
     """
+    values, sources = read_values(path, overrides)
+    return validate(model, values, sources)
+
+
+def read_values(path: Path | None, overrides: Iterable[str] = ()) -> tuple[dict[str, Any], Sources]:
+    """The plain values of `path` under `overrides`, and where each comes from; not validated."""
     values: dict[str, Any] = {}
     sources: Sources = {}
     if path is not None:
         values, sources = read_yaml(path)
     for override in overrides:
         _apply_override(override, values, sources)
-    return validate(model, values, sources)
+    return values, sources
 
 
 def validate(
@@ -142,7 +148,9 @@ def _apply_override(override: str, values: dict[str, Any], sources: Sources) -> 
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise ConfigError(f"command line: the value of {key!r} is not valid YAML: {text!r}") from None
+        raise ConfigError(
+            f"command line: the value of {key!r} is not valid YAML: {text!r}"
+        ) from None
     section = values
     for part in parts[:-1]:
         nested = section.get(part)
