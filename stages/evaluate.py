@@ -1,0 +1,336 @@
+"""evaluate: policy against sft (and base) on prompts that no stage was trained on.
+
+Reads: `policy`, `sft`, `base` where there is one, `reward_model`, `rankings`, `prompts`, `text`.
+Writes an `evaluation`: `evaluation.json` and `comparisons.jsonl` (the answers side by side).
+
+    prefline evaluate RUN evaluate.max_prompts=500
+
+The judge is the demo's hidden rubric (evaluate.judge: rubric) or a second reward model: another seed,
+trained on the held-out rankings, which the first one never saw.
+
+Metrics (healthy range): win_rate_vs_sft with win_rate_low and win_rate_high (95 %, ties count one half;
+above 0.5 with its whole interval: the feedback worked), judge, judge_accuracy (a reward-model judge on
+rankings it was not trained on), kl_nats a response from sft (< 10), perplexity on held-out text (near
+sft's), mean_tokens (near sft's: else length was learned), distinct_1, distinct_2, duplicate_rate and
+degenerate_rate (near sft's, near 0).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline import demo_rubric, demo_world, worker
+from pipeline.errors import StageError
+from pipeline.job import Input, Inputs, Metrics, Out
+from pipeline.records import Prompt, Ranking, read_jsonl, write_jsonl
+from pipeline.settings import Settings
+from stages.common import gather_list, own_share, seed_for, start, stop_if_asked
+from stages.data import is_heldout, read_demonstrations, read_texts
+from stages.generation import generate
+from stages.judging import text_metrics, win_rate
+from stages.models import (
+    add_lora,
+    decode_response,
+    encode_completion,
+    encode_prompt,
+    load_causal_lm,
+    load_tokenizer,
+    merge_lora,
+    new_reward_model,
+)
+from stages.prompts import PromptIds, encode_prompts, load_prompts, of_split
+from stages.reward_training import encode_rankings, measure, train_reward_model
+from stages.rollout import make_sequences, over_responses, response_logprobs, score_all
+
+
+class Answers(NamedTuple):
+    """What one model said to every prompt. logprobs: one list a response, one number a token."""
+
+    texts: list[str]
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    ended: list[bool]
+
+
+def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
+    accelerator = start(settings, out)
+    tokenizer = load_tokenizer(inputs["policy"])
+    found = of_split(load_prompts(inputs["prompts"], settings, out), "test", settings)
+    prompts = encode_prompts(found, tokenizer, settings.evaluate.max_prompt_tokens, out)
+    prompts = prompts[: settings.evaluate.max_prompts]
+    heldout_text = _heldout_text(settings, inputs)
+
+    metrics: Metrics = {"prompts": len(prompts)}
+    answers: dict[str, Answers] = {}
+    for role in ("policy", "sft", "base"):
+        if role not in inputs:
+            continue
+        stop_if_asked(accelerator, out, lambda: None)
+        model = load_causal_lm(inputs[role]).to(accelerator.device).eval()
+        own_tokenizer = load_tokenizer(inputs[role])
+        answers[role] = _answer(settings, role, model, own_tokenizer, prompts, accelerator, out)
+        if role == "sft":
+            metrics["kl_nats"] = _kl(settings, answers["policy"], model, prompts, tokenizer, accelerator)
+        prefix = "" if role == "policy" else f"{role}_"
+        metrics[f"{prefix}perplexity"] = _perplexity(model, own_tokenizer, heldout_text, accelerator)
+        said = answers[role]
+        lengths = [len(row) for row in said.tokens]
+        metrics |= {
+            prefix + name: value
+            for name, value in text_metrics(said.texts, lengths, said.ended).items()
+        }
+        out.progress(len(answers), 4, "model")
+        del model
+
+    score, judged = _judge(settings, inputs, accelerator, out)
+    metrics |= judged
+    seed = seed_for(settings.run.seed, "evaluate", "bootstrap")
+    questions = [p.prompt for p in prompts]
+    scores = {role: score(questions, said.texts) for role, said in answers.items()}
+    against_sft = win_rate(scores["policy"], scores["sft"], seed)
+    metrics |= {
+        "win_rate_vs_sft": against_sft.rate,
+        "win_rate_low": against_sft.low,
+        "win_rate_high": against_sft.high,
+        "ties": against_sft.ties,
+    }
+    if "base" in scores:
+        metrics["win_rate_vs_base"] = win_rate(scores["policy"], scores["base"], seed).rate
+    if settings.evaluate.judge == "rubric":
+        metrics |= _rubric_metrics(questions, answers)
+    if out.rank == 0:
+        rows = _comparisons(questions, answers, scores)
+        write_jsonl(out.artifact / "comparisons.jsonl", rows)
+        text = json.dumps(metrics, indent=1, sort_keys=True)
+        (out.artifact / "evaluation.json").write_text(text + "\n")
+    return metrics
+
+
+def _answer(
+    settings: Settings,
+    role: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[PromptIds],
+    accelerator: Accelerator,
+    out: Out,
+) -> Answers:
+    """One response to each prompt; kept on disk, so that a killed run does not ask again."""
+    kept = out.checkpoints / f"{role}.jsonl"
+    if kept.exists():
+        out.say(f"continuing: the answers of {role} are already there")
+        rows = read_jsonl(kept)
+    else:
+        share = own_share(len(prompts), accelerator)
+        # the tokenizer of a base model that the user gave may differ from the policy's
+        ids = [encode_prompt(tokenizer, list(prompts[i].prompt.messages)) for i in share]
+        generated = generate(
+            model,
+            ids,
+            [seed_for(settings.run.seed, "evaluate", prompts[i].prompt.id) for i in share],
+            eos_id=tokenizer.eos_token_id,
+            pad_id=tokenizer.pad_token_id,
+            max_response_tokens=settings.evaluate.max_response_tokens,
+            temperature=settings.evaluate.temperature,
+            rows_at_once=settings.evaluate.rows_per_rank,
+        )
+        own = [
+            {
+                "text": decode_response(tokenizer, g.tokens),
+                "tokens": g.tokens,
+                "logprobs": g.logprobs,
+                "ended": g.ended,
+            }
+            for g in generated
+        ]
+        rows = gather_list(own, accelerator)
+        if out.rank == 0:
+            out.checkpoints.mkdir(parents=True, exist_ok=True)
+            temporary = kept.with_suffix(".tmp")
+            write_jsonl(temporary, rows)
+            os.replace(temporary, kept)
+        accelerator.wait_for_everyone()
+    out.cost["tokens"] += sum(len(row["tokens"]) for row in rows)
+    return Answers(*([row[key] for row in rows] for key in ("text", "tokens", "logprobs", "ended")))
+
+
+def _kl(
+    settings: Settings,
+    said: Answers,
+    reference: PreTrainedModel,
+    prompts: list[PromptIds],
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+) -> float:
+    """Mean over responses of sum_t log p/q on the policy's own samples: KL in nats a response."""
+    batch = make_sequences(
+        [p.ids for p in prompts], said.tokens, tokenizer.pad_token_id, accelerator.device
+    )
+    with torch.no_grad():
+        ref_BR = over_responses(
+            lambda b: response_logprobs(reference, b, settings.evaluate.temperature)[0], batch
+        )
+    valid_BR = batch.valid_BR
+    ref = float(torch.where(valid_BR, ref_BR, 0.0).double().sum())
+    own = sum(math.fsum(row) for row in said.logprobs)
+    return (own - ref) / len(prompts)
+
+
+def _heldout_text(settings: Settings, inputs: Inputs) -> list[str]:
+    """Documents that no stage was trained on, for the perplexity; none if there is no text at all."""
+    if "text" not in inputs:
+        return []
+    if settings.evaluate.text or settings.pretrain.data:
+        texts, _ = read_texts(
+            inputs["text"].sources, settings.pretrain.text_field, settings.pretrain.max_documents
+        )
+        everything = settings.evaluate.text is not None
+        fraction = settings.pretrain.heldout_fraction
+        kept = (text for text in texts if everything or is_heldout(text, fraction))
+    else:
+        conversations, _ = read_demonstrations(inputs["text"].sources, settings.sft.max_examples)
+        fraction = settings.sft.heldout_fraction
+        kept = (
+            "\n\n".join(message["content"] for message in conversation)
+            for conversation in conversations
+            if is_heldout(conversation, fraction)
+        )
+    return list(islice(kept, settings.evaluate.max_documents))
+
+
+@torch.no_grad()
+def _perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    accelerator: Accelerator,
+    max_length: int = 512,
+) -> float | None:
+    """exp of the mean negative logprob of a token, over the documents (cut at 512 tokens)."""
+    limit = min(max_length, getattr(model.config, "max_position_embeddings", max_length))
+    rows = [encode_completion(tokenizer, text, eos=False)[:limit] for text in texts]
+    # the first token has nothing before it to be predicted from
+    rows = [row for row in rows if len(row) >= 2]
+    if not rows:
+        return None
+    batch = make_sequences(
+        [row[:1] for row in rows], [row[1:] for row in rows], tokenizer.pad_token_id, accelerator.device
+    )
+    logprobs_BR = over_responses(lambda b: response_logprobs(model, b, 1.0)[0], batch, rows_at_once=16)
+    mean = torch.where(batch.valid_BR, logprobs_BR, 0.0).double().sum() / batch.valid_BR.sum()
+    return math.exp(-float(mean))
+
+
+def _judge(
+    settings: Settings, inputs: Inputs, accelerator: Accelerator, out: Out
+) -> tuple[Callable[[list[Prompt], list[str]], list[float]], Metrics]:
+    """A function that scores responses, and what is known of its quality."""
+    if settings.evaluate.judge == "rubric":
+
+        def by_rubric(prompts: list[Prompt], responses: list[str]) -> list[float]:
+            return [
+                demo_rubric.score(prompt.text, response)
+                for prompt, response in zip(prompts, responses, strict=True)
+            ]
+
+        return by_rubric, {"judge": "rubric"}
+    return _second_reward_model(settings, inputs, accelerator, out)
+
+
+def _second_reward_model(
+    settings: Settings, inputs: Inputs, accelerator: Accelerator, out: Out
+) -> tuple[Callable[[list[Prompt], list[str]], list[float]], Metrics]:
+    """A judge with another seed, trained on the held-out rankings only."""
+    assert inputs["rankings"].path is not None
+    start_from: Input = inputs["sft"]
+    tokenizer = load_tokenizer(start_from)
+    rankings = [
+        Ranking.from_row(row) for row in read_jsonl(inputs["rankings"].path / "rankings.jsonl")
+    ]
+    max_length = settings.reward.max_length
+    unseen, tally = encode_rankings(
+        [r for r in rankings if r.split == "heldout"], tokenizer, max_length
+    )
+    seen, _ = encode_rankings([r for r in rankings if r.split == "train"], tokenizer, max_length)
+    if not unseen:
+        raise StageError(
+            f"evaluate: the judge needs held-out rankings: {tally.summary()}",
+            "Raise rank.heldout_fraction, or collect more rankings.",
+        )
+    out.say(f"judge: training a second reward model on {len(unseen)} held-out rankings")
+    seed = seed_for(settings.run.seed, "evaluate", "judge", out.round)
+    torch.manual_seed(seed)
+    model = new_reward_model(start_from, settings.reward.dropout)
+    model = add_lora(model, settings.reward.lora, "reward").to(accelerator.device)
+    pad_id, device = tokenizer.pad_token_id, accelerator.device
+    train_reward_model(
+        model,
+        unseen,
+        settings.reward,
+        accelerator,
+        out,
+        pad_id=pad_id,
+        seed=seed,
+        keep_checkpoints=1,
+        evaluate=lambda _: {},
+    )
+    model = merge_lora(model).eval()
+
+    def by_model(prompts: list[Prompt], responses: list[str]) -> list[float]:
+        rows = [
+            encode_prompt(tokenizer, list(prompt.messages))
+            + encode_completion(tokenizer, response, eos=True)
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        return score_all(model, rows, pad_id, device).tolist()
+
+    # the first model's training rankings are new to this one
+    quality = measure(model, seen, pad_id, device, seed) if seen else {"accuracy": None}
+    return by_model, {"judge": "reward_model", "judge_accuracy": quality["accuracy"]}
+
+
+def _rubric_metrics(prompts: list[Prompt], answers: dict[str, Answers]) -> Metrics:
+    """Mean of each quality, share of well-formed responses, number of different story skeletons."""
+    metrics: Metrics = {}
+    for role, said in answers.items():
+        rows = [
+            demo_rubric.qualities(prompt.text, text)
+            for prompt, text in zip(prompts, said.texts, strict=True)
+        ]
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in demo_rubric.QUALITIES}
+        metrics[f"quality_{role}"] = means
+        prefix = "" if role == "policy" else f"{role}_"
+        well = [demo_rubric.well_formed(text) for text in said.texts]
+        metrics[f"{prefix}well_formed"] = sum(well) / len(well)
+        metrics[f"{prefix}skeletons"] = len({demo_world.skeleton(text) for text in said.texts})
+        scores = [demo_rubric.score(p.text, t) for p, t in zip(prompts, said.texts, strict=True)]
+        metrics[f"{prefix}rubric_score"] = sum(scores) / len(scores)
+    return metrics
+
+
+def _comparisons(
+    prompts: list[Prompt], answers: dict[str, Answers], scores: dict[str, list[float]]
+) -> list[dict[str, Any]]:
+    rows = []
+    for i, prompt in enumerate(prompts):
+        row: dict[str, Any] = {"prompt": prompt.text, "base": None}
+        for role, said in answers.items():
+            row[role] = said.texts[i]
+            row[f"score_{role}"] = scores[role][i]
+        own, other = scores["policy"][i], scores["sft"][i]
+        row["winner"] = "tie" if own == other else "policy" if own > other else "sft"
+        rows.append(row)
+    return rows
+
+
+if __name__ == "__main__":
+    worker.main("stages.evaluate")
