@@ -1,0 +1,359 @@
+"""Child processes: how they are started, what they hear, and what their end means.
+
+One process is plain Python; several are `torch.distributed.run` or `accelerate launch`. A child
+lives as long as consecutive steps share its launch, so that torch is imported once.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+
+from pipeline.errors import (
+    EXIT_INTERRUPTED,
+    ArtifactError,
+    ConfigError,
+    DataError,
+    PeopleNeeded,
+    StageError,
+    Stopped,
+    ToolkitError,
+)
+from pipeline.files import read_json, write_atomic
+from pipeline.job import Job
+from pipeline.settings.launch import LaunchSettings
+from pipeline.worker import STOP_SIGNALS, die_with_parent
+
+HOME = Path(__file__).resolve().parent.parent
+LOG = "rank0.log"
+_POLL_SECONDS = 0.01
+_LOG_LINES = 15
+_BY_CODE: dict[int, type[ToolkitError]] = {
+    kind.exit_code: kind for kind in (StageError, DataError, PeopleNeeded, ArtifactError, Stopped)
+}
+
+
+class Interrupted(ToolkitError):
+    """The second Ctrl-C: everything ends now. Exit 130."""
+
+    exit_code = EXIT_INTERRUPTED
+
+
+# ---- what is started -----------------------------------------------------------------------
+
+
+@functools.cache
+def gpus() -> tuple[tuple[str, float], ...]:
+    """(name, compute capability) of each GPU that nvidia-smi reports and that may be used."""
+    tool = shutil.which("nvidia-smi")
+    if not tool or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return ()
+    command = [tool, "--query-gpu=name,compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        rows = [line.rsplit(",", 1) for line in done.stdout.splitlines() if line.strip()]
+        return tuple((name.strip(), float(capability)) for name, capability in rows)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return ()
+
+
+def environment(settings: LaunchSettings | None = None) -> dict[str, str]:
+    """The environment of every child."""
+    env = dict(os.environ)
+    # the three packages have general names: a child must not pick up those of the current folder
+    env["PYTHONSAFEPATH"] = "1"
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HOME), env.get("PYTHONPATH")]))
+    env["OMP_WAIT_POLICY"] = "PASSIVE"
+    env["TOKENIZERS_PARALLELISM"] = "false"
+    env["GRADIO_ANALYTICS_ENABLED"] = "False"
+    env["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    if settings and settings.threads:
+        env["OMP_NUM_THREADS"] = str(settings.threads)
+    if settings and is_several(settings) and not gpus():
+        # without it Accelerate looks for an accelerator; `--cpu` would start one process only
+        env["ACCELERATE_USE_CPU"] = "true"
+    return env
+
+
+def is_several(settings: LaunchSettings) -> bool:
+    """Whether training stages go through a launcher of torch or accelerate."""
+    return settings.processes > 1 or settings.profile != "auto"
+
+
+def command(settings: LaunchSettings, several: bool, folder: Path) -> list[str]:
+    """The command line of a worker that takes its jobs from `folder`."""
+    worker = ["-m", "pipeline.worker", str(folder)]
+    if not several:
+        return [sys.executable, *worker]
+    if settings.profile == "auto":
+        launcher = ["torch.distributed.run", "--standalone"]
+        return [
+            sys.executable,
+            *("-m", *launcher, "--nproc_per_node", str(settings.processes)),
+            *worker,
+        ]
+    profile = str(find_profile(settings.profile))
+    options = ["--config_file", profile]
+    if settings.processes > 1:
+        options += ["--num_processes", str(settings.processes)]
+    return [sys.executable, "-m", "accelerate.commands.launch", *options, *worker]
+
+
+def configs() -> Path:
+    """The folder of the configurations that come with prefline."""
+    packed = Path(__file__).parent / "_configs"
+    return packed if packed.is_dir() else HOME / "configs"
+
+
+def find_profile(name: str) -> Path:
+    """The accelerate configuration that `launch.profile` names."""
+    known = sorted(path.stem for path in (configs() / "accelerate").glob("*.yaml"))
+    path = Path(name).expanduser()
+    if name in known:
+        return configs() / "accelerate" / f"{name}.yaml"
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return path.resolve()
+    raise ConfigError(
+        f"launch.profile: there is no profile {name!r}",
+        f"Known are auto, {', '.join(known)}; or give the path of an accelerate configuration.",
+    )
+
+
+def call(module: str, arguments: Sequence[str]) -> int:
+    """Run `python -m module` on the user's terminal, and wait for it; its exit code."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        env=environment(),
+        preexec_fn=die_with_parent,
+    )
+    while True:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            # the terminal gave the child its Ctrl-C too; it decides how to end
+            continue
+
+
+# ---- one child -----------------------------------------------------------------------------
+
+
+class Child:
+    """A worker that runs jobs one after the other."""
+
+    def __init__(self, settings: LaunchSettings, several: bool, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        self._folder = folder
+        self._settings = settings
+        self._number = 0
+        self._log: Path | None = None
+        self._process = subprocess.Popen(
+            command(settings, several, folder),
+            env=environment(settings),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            # Ctrl-C reaches the parent alone, which passes it on to the ranks
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+        self._tee = threading.Thread(target=self._copy_output, daemon=True)
+        self._tee.start()
+
+    def run(self, job: Job, stop: StopFlag) -> None:
+        """Give the child a job and wait until it is done.
+
+        Raises:
+            ToolkitError: as the child reported, or because it was killed.
+        """
+        name = f"{self._number:03d}"
+        self._number += 1
+        job.work.mkdir(parents=True, exist_ok=True)
+        self._log = job.work / LOG
+        text = job.to_json()
+        write_atomic(job.work / "job.json", text, durable=False)
+        write_atomic(self._folder / f"{name}.json", text, durable=False)
+        done, error = self._folder / f"{name}.done", self._folder / f"{name}.error"
+        while not done.exists():
+            code = self._process.poll()
+            if code is not None:
+                # it may have written its last word between the two looks
+                if done.exists():
+                    return
+                raise self._verdict(job, error, code, stop)
+            if error.exists():
+                raise self._verdict(job, error, self._end_soon(), stop)
+            if stop.expired(self._settings.grace_seconds):
+                self.kill()
+            time.sleep(_POLL_SECONDS)
+
+    def forward(self, number: int) -> None:
+        """Pass a signal on to the ranks (to the whole group while no rank is up)."""
+        pids = [read_json(path) for path in self._folder.glob("rank*.pid")]
+        for pid in [pid for pid in pids if isinstance(pid, int)]:
+            _signal(pid, number)
+        if not pids and self._process.poll() is None:
+            _signal(-self._process.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End the child and everything it started, now."""
+        if self._process.poll() is None:
+            _signal(-self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def close(self) -> None:
+        """Let an idle child end; kill one that does not."""
+        if self._process.poll() is None:
+            write_atomic(self._folder / "end", "", durable=False)
+            self._end_soon(10.0)
+        self._tee.join(timeout=2)
+
+    def _end_soon(self, seconds: float = 5.0) -> int:
+        try:
+            return self._process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return self._process.wait()
+
+    def _verdict(self, job: Job, error: Path, code: int, stop: StopFlag) -> ToolkitError:
+        """What the end of the child means to the user."""
+        self._tee.join(timeout=2)
+        row = read_json(error)
+        if isinstance(row, dict):
+            kind = _BY_CODE.get(row["exit_code"], StageError)
+            return kind(row["message"], row["hint"])
+        if stop.number is not None:
+            late = f" after {self._settings.grace_seconds} s by force" if stop.killed else ""
+            return Stopped(f"{job.step}: stopped{late}; it goes on from its last checkpoint")
+        how = (
+            f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        )
+        tail = "\n".join(f"  | {line}" for line in last_lines(job.work / LOG))
+        memory = " It may have run out of memory." if code == -signal.SIGKILL else ""
+        return StageError(
+            f"{job.step}: the process {how}.{memory} Its last lines:\n{tail or '  | (none)'}",
+            f"`prefline resume` goes on from the last checkpoint. Log: {job.work / LOG}",
+        )
+
+    def _copy_output(self) -> None:
+        """Everything the child prints goes to the user's stderr and to the log of the step."""
+        assert self._process.stdout is not None
+        while chunk := self._process.stdout.read1(65536):  # type: ignore[attr-defined]
+            sys.stderr.write(chunk.decode("utf-8", "replace"))
+            sys.stderr.flush()
+            if self._log is not None:
+                with self._log.open("ab") as file:
+                    file.write(chunk)
+
+
+def last_lines(log: Path, count: int = _LOG_LINES) -> list[str]:
+    """The end of a log, for an error message."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 20_000))
+            return file.read().decode("utf-8", "replace").splitlines()[-count:]
+    except OSError:
+        return []
+
+
+def _signal(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return
+
+
+# ---- all children of one command -----------------------------------------------------------
+
+
+class StopFlag:
+    """Whether and when this process was asked to stop."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.killed = False
+        self._since = 0.0
+
+    def set(self, number: int) -> None:
+        if self.number is None:
+            self.number, self._since = number, time.monotonic()
+
+    def expired(self, grace_seconds: float) -> bool:
+        if self.number is None or time.monotonic() - self._since < grace_seconds:
+            return False
+        self.killed = True
+        return True
+
+
+class Crew:
+    """The children of one `prefline run`: at most one plain and one distributed. A context manager.
+
+    Inside it TERM, INT, USR1 and USR2 are passed on; a second INT ends everything.
+    """
+
+    def __init__(self, settings: LaunchSettings, folder: Path) -> None:
+        self._settings = settings
+        self._folder = folder
+        self._children: dict[bool, Child] = {}
+        self._before: dict[int, object] = {}
+        self._interrupts = 0
+        self.stop = StopFlag()
+
+    def __enter__(self) -> Crew:
+        shutil.rmtree(self._folder, ignore_errors=True)
+        # only the main thread may; a test that runs in another one gets no signals
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for child in self._children.values():
+            if error is None:
+                child.close()
+            else:
+                child.kill()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def run(self, job: Job) -> None:
+        """Run a job in the child of its launch profile; starts that child if need be."""
+        self.check_stop(job.step)
+        # the rank step is about people: one process, whatever training needs
+        several = is_several(self._settings) and job.stage != "rank"
+        if several not in self._children:
+            folder = self._folder / ("several" if several else "plain")
+            self._children[several] = Child(self._settings, several, folder)
+        self._children[several].run(job, self.stop)
+
+    def check_stop(self, step: str) -> None:
+        """Refuse to begin anything after a signal."""
+        if self.stop.number is not None:
+            raise Stopped(f"stopped before {step}; nothing is lost")
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            raise Interrupted("interrupted", "Everything up to the last checkpoint is kept.")
+        self.stop.set(number)
+        for child in self._children.values():
+            child.forward(number)
+        print(  # noqa: T201
+            "\nstopping at the next safe point; Ctrl-C again stops at once",
+            file=sys.stderr,
+            flush=True,
+        )
