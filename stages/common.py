@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable
+from datetime import timedelta
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,8 +28,6 @@ def start(settings: Settings, out: Out) -> Accelerator:
         StageError: the number of processes differs from the launcher's (accelerate can start one
             process where two were asked for, without a word).
     """
-    from datetime import timedelta
-
     # a child runs several stages; TRL's trainers leave their own state behind
     AcceleratorState._reset_state()
     accelerator = Accelerator(
@@ -60,8 +60,9 @@ def generator(run_seed: int, *purpose: Any) -> torch.Generator:
     return torch.Generator().manual_seed(seed_for(run_seed, *purpose))
 
 
+@lru_cache(maxsize=2)
 def permutation(count: int, run_seed: int, *purpose: Any) -> list[int]:
-    """A random order of range(count), the same for the same purpose."""
+    """A random order of range(count), the same for the same purpose; not to be changed."""
     return torch.randperm(count, generator=generator(run_seed, *purpose)).tolist()
 
 

@@ -33,20 +33,12 @@ from pipeline.errors import StageError
 from pipeline.job import Input, Inputs, Metrics, Out
 from pipeline.records import Prompt, Ranking, read_jsonl, write_jsonl
 from pipeline.settings import Settings
+from stages.chat import decode_response, encode_completion, encode_prompt
 from stages.common import gather_list, own_share, seed_for, start, stop_if_asked
 from stages.data import is_heldout, read_demonstrations, read_texts
 from stages.generation import generate
 from stages.judging import text_metrics, win_rate
-from stages.models import (
-    add_lora,
-    decode_response,
-    encode_completion,
-    encode_prompt,
-    load_causal_lm,
-    load_tokenizer,
-    merge_lora,
-    new_reward_model,
-)
+from stages.models import add_lora, load_causal_lm, load_tokenizer, merge_lora, new_reward_model
 from stages.prompts import PromptIds, encode_prompts, load_prompts, of_split
 from stages.reward_training import encode_rankings, measure, train_reward_model
 from stages.rollout import make_sequences, over_responses, response_logprobs, score_all
@@ -333,4 +325,4 @@ def _comparisons(
 
 
 if __name__ == "__main__":
-    worker.main("stages.evaluate")
+    worker.main()

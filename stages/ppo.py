@@ -33,6 +33,7 @@ from pipeline.job import Inputs, Metrics, Out
 from pipeline.records import canonical_json
 from pipeline.settings import Settings
 from pipeline.settings.ppo import PpoSettings
+from stages.chat import decode_response
 from stages import ppo_math
 from stages.checkpoints import (
     Checkpointer,
@@ -59,17 +60,7 @@ from stages.common import (
     warmup_linear,
 )
 from stages.generation import generate
-from stages.models import (
-    add_lora,
-    backbone_and_head,
-    contract_of,
-    decode_response,
-    load_causal_lm,
-    load_reward_model,
-    load_tokenizer,
-    merge_lora,
-    save_model,
-)
+from stages.models import add_lora, backbone_and_head, contract_of, load_causal_lm, load_reward_model, load_tokenizer, merge_lora, save_model
 from stages.prompts import PromptIds, encode_prompts, load_prompts, of_split
 from stages.rollout import (
     Sequences,
@@ -562,4 +553,4 @@ def _padded(rows: list[list[float]], batch: Sequences) -> Tensor:
 
 
 if __name__ == "__main__":
-    worker.main("stages.ppo")
+    worker.main()

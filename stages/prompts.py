@@ -10,8 +10,8 @@ from pipeline.errors import DataError
 from pipeline.job import Input, Out
 from pipeline.records import Prompt, Tally, hash_fraction, read_jsonl
 from pipeline.settings import Settings
+from stages.chat import encode_prompt
 from stages.data import read_prompts
-from stages.models import encode_prompt
 
 
 class PromptIds(NamedTuple):

@@ -26,17 +26,9 @@ from pipeline.errors import StageError
 from pipeline.job import Inputs, Metrics, Out
 from pipeline.records import Ranking, SampleGroup, read_jsonl
 from pipeline.settings import Settings
+from stages.chat import encode_completion, encode_prompt
 from stages.common import seed_for, start
-from stages.models import (
-    add_lora,
-    contract_of,
-    encode_completion,
-    encode_prompt,
-    load_tokenizer,
-    merge_lora,
-    new_reward_model,
-    save_model,
-)
+from stages.models import add_lora, contract_of, load_tokenizer, merge_lora, new_reward_model, save_model
 from stages.reward_training import RankedRows, encode_rankings, measure, train_reward_model
 from stages.rollout import score_all
 
@@ -151,4 +143,4 @@ def _rows_to_normalise_on(
 
 
 if __name__ == "__main__":
-    worker.main("stages.reward")
+    worker.main()

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.job import Metrics, Out
 from pipeline.records import Ranking, Tally
 from pipeline.settings.reward import RewardSettings
+from stages.chat import encode_completion, encode_prompt
 from stages.checkpoints import (
     Checkpointer,
     load_optimizer,
@@ -36,7 +37,6 @@ from stages.common import (
     sum_over_ranks,
     warmup_cosine,
 )
-from stages.models import encode_completion, encode_prompt
 from stages.rollout import last_token_scores, score_all
 
 

@@ -27,9 +27,10 @@ from pipeline.errors import StageError
 from pipeline.job import Inputs, Metrics, Out
 from pipeline.records import Response, SampleGroup, read_jsonl, write_jsonl
 from pipeline.settings import Settings
+from stages.chat import decode_response
 from stages.common import epoch_order, seed_for, start, stop_if_asked
 from stages.generation import Generated, generate
-from stages.models import decode_response, load_causal_lm, load_tokenizer
+from stages.models import load_causal_lm, load_tokenizer
 from stages.prompts import PromptIds, encode_prompts, load_prompts, of_split
 
 _PROMPTS_PER_PART = 64
@@ -165,4 +166,4 @@ def _metrics(settings: Settings, rows: list[dict[str, Any]], out: Out) -> Metric
 
 
 if __name__ == "__main__":
-    worker.main("stages.sample")
+    worker.main()

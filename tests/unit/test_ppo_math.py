@@ -1,0 +1,184 @@
+"""The arithmetic of PPO against hand-worked numbers and a slow second way."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from stages import ppo_math
+
+VALID = torch.tensor([[True, True, True, False], [True, False, False, False], [True] * 4])
+
+
+def random_rows(seed: int) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randn(3, 4, generator=rng, dtype=torch.float64)
+
+
+def test_score_lands_on_the_last_valid_token_and_the_kl_on_every_one() -> None:
+    logprobs = torch.tensor([[-1.0, -2.0, -3.0, 99.0]])
+    reference = torch.tensor([[-1.5, -1.0, -3.0, -99.0]])
+    valid = torch.tensor([[True, True, True, False]])
+    rewards = ppo_math.kl_penalised_rewards(
+        torch.tensor([2.0]), logprobs, reference, valid, kl_coef=0.1
+    )
+    torch.testing.assert_close(rewards, torch.tensor([[-0.05, 0.1, 2.0, 0.0]]))
+
+
+def test_score_lands_on_the_last_slot_of_a_response_that_fills_it() -> None:
+    zeros = torch.zeros(1, 3)
+    rewards = ppo_math.kl_penalised_rewards(
+        torch.tensor([-1.0]), zeros, zeros, torch.ones(1, 3, dtype=torch.bool), kl_coef=1.0
+    )
+    assert rewards.tolist() == [[0.0, 0.0, -1.0]]
+
+
+def test_a_response_without_tokens_gets_no_reward() -> None:
+    zeros = torch.zeros(1, 3)
+    rewards = ppo_math.kl_penalised_rewards(
+        torch.tensor([5.0]), zeros, zeros, torch.zeros(1, 3, dtype=torch.bool), kl_coef=1.0
+    )
+    assert rewards.tolist() == [[0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (1.0, 0.0), (1.0, 1.0)])
+def test_gae_equals_the_sum_over_all_later_errors(gamma: float, lam: float) -> None:
+    rewards, values = random_rows(1), random_rows(2)
+    advantages, returns = ppo_math.gae_advantages(rewards, values, VALID, gamma, lam)
+    for b in range(3):
+        length = int(VALID[b].sum())
+        for t in range(length):
+            total = 0.0
+            for later in range(t, length):
+                next_value = values[b, later + 1].item() if later + 1 < length else 0.0
+                delta = rewards[b, later].item() + gamma * next_value - values[b, later].item()
+                total += (gamma * lam) ** (later - t) * delta
+            assert advantages[b, t].item() == pytest.approx(total, abs=1e-12)
+            assert returns[b, t].item() == pytest.approx(total + values[b, t].item(), abs=1e-12)
+        assert advantages[b, length:].abs().sum() == 0
+
+
+def test_gae_does_not_look_beyond_the_end_of_a_response() -> None:
+    rewards, values = random_rows(1), random_rows(2)
+    expected = ppo_math.gae_advantages(rewards, values, VALID, 1.0, 0.95)
+    junk = torch.where(VALID, 0.0, torch.nan).double()
+    found = ppo_math.gae_advantages(rewards + junk, values + junk, VALID, 1.0, 0.95)
+    assert torch.equal(expected[0][VALID], found[0][VALID])
+    assert torch.equal(expected[1][VALID], found[1][VALID])
+
+
+def test_whitened_values_have_mean_0_and_biased_std_1_over_the_valid_ones() -> None:
+    white = ppo_math.whiten(random_rows(3) * 7 + 100, VALID)
+    assert white[VALID].mean().abs() < 1e-12
+    assert white[VALID].std(unbiased=False) == pytest.approx(1.0, abs=1e-6)
+    assert white[~VALID].abs().sum() == 0
+
+
+def test_whitening_two_halves_with_summed_moments_equals_whitening_the_whole() -> None:
+    x = random_rows(4)
+    whole = ppo_math.whiten(x, VALID)
+    sums: list[torch.Tensor] = []
+
+    def record(tensor: torch.Tensor) -> torch.Tensor:
+        sums.append(tensor)
+        return tensor
+
+    # what the ranks add up, in order: the count, the sum, the squares about the common mean
+    count = VALID.sum()
+    mean = x[VALID].sum() / count
+    squares = (x[VALID] - mean).square().sum()
+    totals = iter([count.double(), x[VALID].sum(), squares])
+    top = ppo_math.whiten(x[:1], VALID[:1], lambda tensor: (record(tensor), next(totals))[1])
+    torch.testing.assert_close(top, whole[:1])
+    assert sums[0].item() == 3
+
+
+def test_equal_values_whiten_to_zero() -> None:
+    assert ppo_math.whiten(torch.full((3, 4), 5.0), VALID).abs().max() < 1e-3
+
+
+def test_policy_loss_of_an_unchanged_policy_is_minus_the_mean_advantage() -> None:
+    logprobs, advantages = random_rows(5), random_rows(6)
+    found = ppo_math.policy_loss(logprobs, logprobs, advantages, VALID, 0.2, 0.2, VALID.sum())
+    assert found.loss.item() == pytest.approx(-advantages[VALID].mean().item())
+    assert found.clipped.item() == 0
+    assert found.approx_kl.item() == 0
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "expected"),
+    [(1.5, 1.0, -1.2), (0.5, 1.0, -0.5), (1.5, -1.0, 1.5), (0.5, -1.0, 0.7)],
+)
+def test_the_ratio_is_clipped_only_where_that_is_pessimistic(
+    ratio: float, advantage: float, expected: float
+) -> None:
+    one = torch.ones(1, 1)
+    found = ppo_math.policy_loss(
+        one * math.log(ratio), one * 0, one * advantage, one.bool(), 0.3, 0.2, 1
+    )
+    assert found.loss.item() == pytest.approx(expected)
+    assert found.clipped.item() == (expected in (-1.2, 0.7))
+    assert found.approx_kl.item() == pytest.approx(ratio - 1 - math.log(ratio))
+
+
+def test_junk_beyond_the_end_changes_neither_loss_nor_gradient() -> None:
+    logprobs = random_rows(5).requires_grad_()
+    junk = torch.where(VALID, 0.0, 1e6).double()
+    found = ppo_math.policy_loss(
+        logprobs + junk, random_rows(7), random_rows(6) + junk, VALID, 0.2, 0.2, 8
+    )
+    clean = ppo_math.policy_loss(logprobs, random_rows(7), random_rows(6), VALID, 0.2, 0.2, 8)
+    assert found.loss == clean.loss
+    (gradient,) = torch.autograd.grad(found.loss, logprobs)
+    assert gradient[~VALID].abs().sum() == 0
+
+
+def test_value_loss_counts_the_larger_of_the_clipped_and_the_plain_error() -> None:
+    one = torch.ones(1, 1)
+
+    def loss(value: float, old: float, target: float) -> float:
+        return ppo_math.value_loss(
+            one * value, one * old, one * target, one.bool(), 0.2, 1
+        ).item()
+
+    assert loss(1.0, 0.0, 1.0) == pytest.approx(0.5 * 0.8**2)  # moved too far: clipped counts
+    assert loss(0.1, 0.0, 1.0) == pytest.approx(0.5 * 0.9**2)  # within the clip: plain
+    assert loss(-1.0, 0.0, 1.0) == pytest.approx(0.5 * 2.0**2)  # the wrong way: plain is larger
+
+
+def test_kl_of_a_model_with_itself_is_zero_and_k3_is_never_negative() -> None:
+    logprobs, reference = random_rows(8), random_rows(9)
+    same = ppo_math.kl_estimates(logprobs, logprobs, VALID)
+    assert same.k1_BR.abs().sum() == 0
+    assert same.k3_BR.abs().sum() == 0
+    other = ppo_math.kl_estimates(logprobs, reference, VALID)
+    assert (other.k3_BR >= 0).all()
+    assert other.k3_BR[~VALID].abs().sum() == 0
+
+
+def test_k1_and_k3_have_the_same_expectation_as_the_exact_kl() -> None:
+    p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    q = torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64)
+    exact = (p * (p / q).log()).sum().item()
+    valid = torch.ones(1, 3, dtype=torch.bool)
+    found = ppo_math.kl_estimates(p.log().unsqueeze(0), q.log().unsqueeze(0), valid)
+    assert (p * found.k1_BR[0]).sum().item() == pytest.approx(exact)
+    assert (p * found.k3_BR[0]).sum().item() == pytest.approx(exact)
+
+
+def test_adaptive_kl_follows_the_sequence_worked_by_hand() -> None:
+    coefs = [0.1]
+    for kl in (6.0, 12.0, 3.0, 6.6):
+        coefs.append(ppo_math.adaptive_kl(coefs[-1], kl, target=6.0, rollouts=64, horizon=640))
+    # errors 0, +1 -> +0.2, -0.5 -> -0.2, +0.1; each times 64 / 640
+    expected = [0.1, 0.1, 0.1 * 1.02, 0.1 * 1.02 * 0.98, 0.1 * 1.02 * 0.98 * 1.01]
+    assert coefs == pytest.approx(expected, abs=1e-12)
+
+
+def test_explained_variance_is_1_for_perfect_values_and_0_for_a_constant() -> None:
+    returns = random_rows(10)
+    assert ppo_math.explained_variance(returns, returns, VALID).item() == pytest.approx(1.0)
+    constant = torch.full_like(returns, 3.0)
+    assert ppo_math.explained_variance(constant, returns, VALID).item() == pytest.approx(0.0)
