@@ -1,0 +1,235 @@
+"""Rankings made elsewhere, into the store.
+
+Layouts, told apart row by row:
+- groups: a prompt and `responses` with ranks (OASST trees flattened, and our own rankings.jsonl)
+- TRL preference: `prompt`, `chosen`, `rejected` as texts or messages; or without `prompt`
+- hh-rlhf: `chosen` and `rejected` as "\\n\\nHuman: ... \\n\\nAssistant: ..."
+- ShareGPT pairs: `conversations`, `chosen`, `rejected`; `chosen_messages`, `rejected_messages`
+- llmbar: `input`, `output_1`, `output_2`, `label`
+
+A row that cannot be used is counted by its reason. Unpaired labels (kto) are refused: a ranking
+needs two responses to one prompt.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from labeling_ui.exporting import pseudonyms
+from labeling_ui.layouts import Found, parse
+from labeling_ui.store import (
+    Store,
+    assignments,
+    ensure_user,
+    insert_new,
+    log_event,
+    rankings,
+    task_row,
+    tasks,
+    users,
+)
+from pipeline import sources
+from pipeline.errors import DataError
+from pipeline.formats import Unusable
+from pipeline.records import Tally, canonical_json, content_id, read_rows
+
+NOBODY = "imported"
+"""Annotator of rankings that do not say whose they are."""
+_BATCH = 500
+
+
+@dataclass
+class Report:
+    """What an import did. `kept`: (task, user) of every ranking that the sources hold."""
+
+    tally: Tally = field(default_factory=Tally)
+    notes: Counter[str] = field(default_factory=Counter)
+    kept: set[tuple[str, int]] = field(default_factory=set)
+    stored: int = 0
+    """Rankings that were not in the store before."""
+
+    def summary(self) -> str:
+        parts = [self.tally.summary(), f"{self.stored} new in the store"]
+        return "; ".join(parts + [f"{count} {note}" for note, count in self.notes.most_common()])
+
+
+def import_rankings(
+    store: Store, given: Sequence[str], max_bad_fraction: float, by_hand: bool = False
+) -> Report:
+    """Store every usable ranking of `given` (paths, or dataset ids on the hub).
+
+    Importing the same again changes nothing. Nothing is stored when too many rows are unusable.
+
+    Args:
+        by_hand: came through `prefline labels import`; every later rank step counts it.
+
+    Raises:
+        DataError: a source cannot be read, has no usable row, or too many unusable ones.
+    """
+    report = Report()
+    for source in given:
+        tally = Tally()
+        for _ in found_in(source, tally):
+            pass
+        tally.check(source, max_bad_fraction)
+        report.tally.used += tally.used
+        report.tally.reasons.update(tally.reasons)
+        report.tally.first = {**tally.first, **report.tally.first}
+    # read again: the rows of a large dataset need not fit into memory, and annotators who work
+    # at the same time wait for one batch, not for all of it
+    voices = _Voices(store)
+    for source in given:
+        rows = found_in(source, Tally())
+        while batch := list(islice(rows, _BATCH)):
+            with store.write() as tx:
+                _store_batch(tx, voices, batch, report, by_hand)
+    with store.write() as tx:
+        log_event(tx, "import", None, None, rankings=len(report.kept), stored=report.stored)
+    return report
+
+
+def found_in(source: str, tally: Tally) -> Iterator[Found]:
+    """The usable rankings of a source; the tally counts them and the others."""
+    for where, row in rows_of(source):
+        try:
+            found = parse(row)
+        except Unusable as error:
+            tally.drop(str(error), where)
+            continue
+        tally.use()
+        yield found
+
+
+def rows_of(source: str) -> Iterator[tuple[str, Any]]:
+    """Rows of a file or folder, or of the train split of a dataset on the hub."""
+    kind = sources.kind(source)
+    if kind == "demo":
+        raise DataError(
+            f"{source} holds no rankings", "Rankings of the demo come from rank.by: simulated."
+        )
+    if kind == "path":
+        sources.check(source, "rankings")
+        yield from read_rows(Path(source).expanduser())
+        return
+    import datasets
+
+    try:
+        table = datasets.load_dataset(source, split="train")
+    # the library passes on errors of requests and huggingface_hub, which are OSErrors
+    except (OSError, ValueError, RuntimeError) as error:
+        first_line = str(error).split("\n")[0][:200]
+        raise DataError(
+            f"{source}: neither a local path nor a dataset that can be loaded ({first_line})"
+        ) from None
+    for number, row in enumerate(table, 1):
+        yield f"{source}: row {number}", row
+
+
+# ---- whose ranking it is -------------------------------------------------------------------
+
+
+class _Voices:
+    """Which imported annotator a ranking belongs to, and what each has ranked already."""
+
+    def __init__(self, store: Store) -> None:
+        # our own export, read back: people are known by their pseudonyms, simulated by name
+        name_of = pseudonyms(store)
+        self._ids: dict[str, int] = {}
+        self.said: dict[tuple[str, int], str] = {}
+        current = sa.select(rankings.c.task_id, rankings.c.user_id, rankings.c.ranks).where(
+            rankings.c.superseded_by.is_(None), rankings.c.status == "ranked"
+        )
+        with store.read() as tx:
+            others = tx.execute(sa.select(users).where(users.c.kind != "imported")).all()
+            self._known = {name_of(row.kind, row.name): int(row.id) for row in others}
+            for task, user, ranks in tx.execute(current):
+                self.said[task, user] = ranks
+
+    def of(self, tx: Connection, name: str | None, task: str, ranks: str) -> int:
+        """User id for this ranking.
+
+        Rankings that name nobody are told apart by what they say: a second, different order of
+        the same responses must come from another annotator, or be a change of mind that we
+        cannot see. Both are kept.
+        """
+        if name is not None and (task, self._known.get(name, -1)) in self.said:
+            return self._known[name]
+        number = 1
+        while True:
+            voice = (name or NOBODY) + (f"-{number}" if number > 1 else "")
+            if voice not in self._ids:
+                self._ids[voice] = ensure_user(tx, "imported", voice)
+            user = self._ids[voice]
+            if self.said.get((task, user), ranks) == ranks:
+                return user
+            number += 1
+
+
+# ---- writing -------------------------------------------------------------------------------
+
+
+def _store_batch(
+    tx: Connection, voices: _Voices, batch: list[Found], report: Report, by_hand: bool
+) -> None:
+    """Four statements for the whole batch; ids of content make each idempotent."""
+    now = time.time()
+    task_rows, assignment_rows, ranking_rows = [], [], []
+    for found in batch:
+        order = sorted(range(len(found.responses)), key=found.response_id)
+        responses = [found.responses[i] for i in order]
+        ranks = canonical_json([found.ranks[i] for i in order])
+        task = task_row(found.messages, responses, round=found.round, origin="import")
+        report.notes.update(found.notes)
+        user = voices.of(tx, found.annotator, task["id"], ranks)
+        if (task["id"], user) in report.kept:
+            report.notes["duplicate rankings merged"] += 1
+            continue
+        report.kept.add((task["id"], user))
+        if len(set(found.ranks)) == 1:
+            report.notes["rankings with all responses tied"] += 1
+        if (task["id"], user) in voices.said and not by_hand:
+            continue
+        report.stored += (task["id"], user) not in voices.said
+        voices.said[task["id"], user] = ranks
+        assignment = content_id("assignment", task["id"], user)
+        owner = {"task_id": task["id"], "user_id": user}
+        task_rows.append(task)
+        assignment_rows.append(
+            {
+                **owner,
+                "id": assignment,
+                "token": content_id("imported", assignment),
+                "display_order": canonical_json(list(range(len(responses)))),
+                "state": "ranked",
+                "leased": now,
+                "expires": now,
+            }
+        )
+        ranking_rows.append(
+            {
+                **owner,
+                "id": content_id("stored ranking", assignment, 1),
+                "assignment_id": assignment,
+                "revision": 1,
+                "status": "ranked",
+                "ranks": ranks,
+                "source": f"import:{found.layout}",
+                "by_hand": by_hand,
+                "created": now,
+            }
+        )
+    insert_new(tx, tasks, task_rows)
+    insert_new(tx, assignments, assignment_rows)
+    insert_new(tx, rankings, ranking_rows)
+    if by_hand and ranking_rows:
+        ids = [row["id"] for row in ranking_rows]
+        tx.execute(sa.update(rankings).where(rankings.c.id.in_(ids)).values(by_hand=True))

@@ -1,0 +1,251 @@
+"""Rank: an order, with ties, over the responses of each prompt.
+
+Queues the sampled responses in the label store, imports rankings made elsewhere, asks simulated
+annotators (`rank.by: simulated`) or waits for people: too few rankings end the step with exit 3,
+and `prefline resume` goes on once there are enough. Rankings of the round before are carried over.
+
+Reads: `samples` (artifact), `data` (rankings made elsewhere), `rankings` (of the round before).
+Writes: rankings.jsonl (records.Ranking), prompts.jsonl (records.Prompt).
+Command: prefline rank RUN opens the app; prefline resume RUN runs this step.
+
+Metrics: rankings, prompts, annotators, mean_responses; strict_pairs (what the reward model learns
+from) and ties_fraction (of all pairs: 0.1-0.4 is usual, above 0.7 the responses hardly differ);
+agreement (of two annotators about a strict pair: 0.65-0.78 is usual for people, above 0.95 is
+suspicious, null without overlap); train, heldout; dropped by reason.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from itertools import combinations
+from typing import Any
+
+import sqlalchemy as sa
+
+from labeling_ui.exporting import is_heldout, snapshot
+from labeling_ui.importing import Report, import_rankings
+from labeling_ui.progress import progress, write_progress
+from labeling_ui.simulate import rank_all
+from labeling_ui.store import STORE_FILE, Store, insert_new, log_event, queues, task_row, tasks
+from pipeline import worker
+from pipeline.errors import PeopleNeeded, StageError
+from pipeline.job import Input, Inputs, Metrics, Out
+from pipeline.records import Prompt, Ranking, SampleGroup, read_jsonl, write_jsonl
+from pipeline.settings import Settings
+
+Done = set[tuple[str, int]]
+
+
+def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
+    store = Store(settings.rank.store or out.run_dir / STORE_FILE)
+    dropped: Counter[str] = Counter()
+
+    # 1 rankings made elsewhere
+    imported = Report()
+    if "data" in inputs:
+        given = inputs["data"].sources
+        imported = import_rankings(store, given, settings.rank.max_bad_fraction)
+        out.say(f"imported: {imported.summary()}")
+        dropped += imported.tally.reasons + imported.notes
+
+    # 2 the responses of this round
+    done: Done = set()
+    if "samples" in inputs:
+        queue_samples(store, settings, inputs["samples"], out, dropped)
+        if settings.rank.by == "simulated":
+            seed = settings.run.seed
+            done = rank_all(store, out.step, settings.rank, seed, _heartbeat(out))
+        else:
+            wait_for_people(store, out)
+
+    # 3 everything that counts, as one immutable artifact
+    rankings = _collect(store, settings, imported.kept | done, out)
+    if "rankings" in inputs:
+        before = _artifact_rows(inputs["rankings"], "rankings.jsonl")
+        rankings += [Ranking.from_row(row) for row in before]
+    prompts = _sampled_prompts(inputs)
+    rankings = _with_splits(rankings, prompts, settings.rank.heldout_fraction)
+    check_usable(rankings)
+    for ranking in rankings:
+        heldout = ranking.split == "heldout"
+        # without samples the imported prompts are what the policy learns and is judged on
+        prompt = Prompt(ranking.messages, "test" if heldout else "train")
+        prompts.setdefault(prompt.id, prompt)
+    out.artifact.mkdir(parents=True, exist_ok=True)
+    write_jsonl(out.artifact / "rankings.jsonl", (ranking.to_row() for ranking in rankings))
+    write_jsonl(out.artifact / "prompts.jsonl", (prompts[key].to_row() for key in sorted(prompts)))
+    _close_queue(store, out.step)
+    store.close()
+    return describe(rankings) | {"dropped": dict(sorted(dropped.items()))}
+
+
+def queue_samples(
+    store: Store, settings: Settings, samples: Input, out: Out, dropped: Counter[str]
+) -> None:
+    """Put the responses of this round into the queue; doing it again changes nothing."""
+    rows = []
+    for sampled in _artifact_rows(samples, "samples.jsonl"):
+        group = SampleGroup.from_row(sampled)
+        texts = list(dict.fromkeys(response.text for response in group.responses))
+        if len(texts) < 2:
+            dropped["prompts with fewer than 2 different responses"] += 1
+            continue
+        prompt = group.prompt
+        row = task_row(
+            prompt.messages,
+            texts,
+            round=out.round,
+            origin=samples.digest,
+            step=out.step,
+            split=prompt.split,
+        )
+        rows.append(row)
+    if not rows:
+        raise StageError(
+            f"{out.step}: no prompt has two different responses, so there is nothing to rank",
+            "Raise sample.responses_per_prompt or sample.temperature.",
+        )
+    rank = settings.rank
+    queue = {"by": rank.by, "overlap": rank.overlap, "minimum": rank.minimum, "open": True}
+    queue["lease_minutes"] = rank.lease_minutes
+    mine = tasks.c.step == out.step
+    with store.write() as tx:
+        insert_new(tx, queues, [{"step": out.step, **queue}])
+        tx.execute(sa.update(queues).where(queues.c.step == out.step).values(**queue))
+        # samples of other settings stay in the store, but nobody is asked about them any more
+        tx.execute(sa.update(tasks).where(mine).values(active=False))
+        insert_new(tx, tasks, rows)
+        wake = sa.update(tasks).where(tasks.c.id == sa.bindparam("task"))
+        state = {"step": out.step, "origin": samples.digest, "active": True}
+        tx.execute(wake.values(**state), [{"task": row["id"]} for row in rows])
+        log_event(tx, "queue", None, None, step=out.step, tasks=len(rows), origin=samples.digest)
+    out.say(f"{len(rows)} prompts to rank, by {rank.by}")
+
+
+def wait_for_people(store: Store, out: Out) -> None:
+    """Go on when enough rankings are in.
+
+    Raises:
+        PeopleNeeded: with how many there are and how many it takes.
+    """
+    have, need = progress(store, out.step)
+    write_progress(out.run_dir, out.step, have, need)
+    if have < need:
+        raise PeopleNeeded(f"{out.step}: waiting for people: {have} of {need} rankings")
+
+
+def _collect(store: Store, settings: Settings, known: Done, out: Out) -> list[Ranking]:
+    """This round's rankings: by the annotators asked for, imported now, or imported by hand."""
+    by_people = settings.rank.by == "people"
+
+    def wanted(row: Any) -> bool:
+        by_person_here = row.kind == "person" and row.step == out.step and row.active
+        is_known = (row.task_id, row.user_id) in known
+        return (by_people and by_person_here) or is_known or bool(row.by_hand)
+
+    return snapshot(store, settings.rank.heldout_fraction, wanted)
+
+
+def _with_splits(
+    rankings: Iterable[Ranking], sampled: dict[str, Prompt], heldout_fraction: float
+) -> list[Ranking]:
+    """Each ranking once, in the order of ids, with the split that its prompt asks for."""
+    result: dict[str, Ranking] = {}
+    for ranking in rankings:
+        prompt = sampled.get(ranking.prompt_id)
+        # an imported ranking of a prompt that is kept for evaluation must not be learned from
+        kept_away = prompt is not None and prompt.split != "train"
+        heldout = kept_away or is_heldout(ranking.prompt_id, heldout_fraction)
+        row = {**ranking.to_row(), "split": "heldout" if heldout else "train"}
+        result[ranking.id] = Ranking.from_row(row)
+    return [result[key] for key in sorted(result)]
+
+
+def check_usable(rankings: list[Ranking]) -> None:
+    """Refuse rankings from which no reward model can be trained and judged.
+
+    Raises:
+        StageError: one sentence that says what is missing.
+    """
+    if not rankings:
+        raise StageError(
+            "there is no ranking to learn from", "Every prompt was skipped or dropped."
+        )
+    pairs = dict.fromkeys(("train", "heldout"), 0)
+    for ranking in rankings:
+        pairs[ranking.split] += len(ranking.strict_pairs)
+    if not any(pairs.values()):
+        raise StageError(
+            f"all {len(rankings)} rankings are ties: no response was ever better than another",
+            "A reward model learns from differences. Check rank.tie_margin, or sample responses"
+            " that differ more (sample.temperature).",
+        )
+    for split, what in (("train", "train on"), ("heldout", "hold out")):
+        if not pairs[split]:
+            raise StageError(
+                f"{len(rankings)} rankings leave no pair to {what}",
+                "Add rankings, or change rank.heldout_fraction.",
+            )
+
+
+def describe(rankings: list[Ranking]) -> Metrics:
+    """The metrics of this stage."""
+    strict = sum(len(ranking.strict_pairs) for ranking in rankings)
+    pairs = sum(len(r.ranks) * (len(r.ranks) - 1) // 2 for r in rankings)
+    return {
+        "rankings": len(rankings),
+        "prompts": len({ranking.prompt_id for ranking in rankings}),
+        "annotators": len({ranking.annotator for ranking in rankings}),
+        "mean_responses": sum(len(r.ranks) for r in rankings) / len(rankings),
+        "strict_pairs": strict,
+        "ties_fraction": 1 - strict / pairs,
+        "agreement": agreement(rankings),
+        "train": sum(ranking.split == "train" for ranking in rankings),
+        "heldout": sum(ranking.split == "heldout" for ranking in rankings),
+    }
+
+
+def agreement(rankings: list[Ranking]) -> float | None:
+    """How often two annotators prefer the same of two responses, where both prefer one.
+
+    Chance is 0.5. None where no two annotators ranked the same responses.
+    """
+    groups: dict[tuple[str, tuple[str, ...]], list[dict[str, int]]] = defaultdict(list)
+    for ranking in rankings:
+        rank_of = dict(zip(ranking.responses, ranking.ranks, strict=True))
+        groups[ranking.prompt_id, tuple(sorted(rank_of))].append(rank_of)
+    same = total = 0
+    for (_, texts), orders in groups.items():
+        for first, second in combinations(orders, 2):
+            for a, b in combinations(texts, 2):
+                sign = (first[a] - first[b]) * (second[a] - second[b])
+                same += sign > 0
+                total += sign != 0
+    return same / total if total else None
+
+
+def _sampled_prompts(inputs: Inputs) -> dict[str, Prompt]:
+    if "samples" not in inputs:
+        return {}
+    rows = _artifact_rows(inputs["samples"], "prompts.jsonl")
+    prompts = [Prompt.from_row(row) for row in rows]
+    return {prompt.id: prompt for prompt in prompts}
+
+
+def _artifact_rows(given: Input, name: str) -> list[dict[str, Any]]:
+    assert given.path is not None, f"{given.role} is an artifact of a step"
+    return read_jsonl(given.path / name)
+
+
+def _close_queue(store: Store, step: str) -> None:
+    with store.write() as tx:
+        tx.execute(sa.update(queues).where(queues.c.step == step).values(open=False))
+
+
+def _heartbeat(out: Out) -> Any:
+    return lambda done, total: out.progress(done, total, "prompt")
+
+
+if __name__ == "__main__":
+    worker.main()
