@@ -95,7 +95,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Sources]:
     # an alias can expand a small file without bound, and hides where a value comes from
     for event in yaml.parse(raw, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
-            line = event.start_mark.line + 1
+            line = event.start_mark.line + 1 if event.start_mark else 1
             raise ConfigError(f"{path}:{line}: aliases are not allowed; write the value out")
     if node is None:
         raise ConfigError(f"{path}: the configuration is empty", "Start from configs/demo.yaml.")
@@ -112,10 +112,9 @@ def _plain(node: yaml.Node, path: Path, at: tuple[str, ...], sources: Sources) -
     # an explicit tag differs from the one that the plain text resolves to
     if isinstance(node, yaml.ScalarNode):
         implicit = (node.style is None, node.style is not None)
-        expected = yaml.SafeLoader("").resolve(yaml.ScalarNode, node.value, implicit)
-        if node.tag != expected:
+        loader: Any = yaml.SafeLoader("")
+        if node.tag != loader.resolve(yaml.ScalarNode, node.value, implicit):
             raise ConfigError(f"{path}:{line}: tags such as {node.tag!r} are not allowed")
-        loader = yaml.SafeLoader("")
         return loader.construct_object(node)
     if isinstance(node, yaml.SequenceNode):
         if node.tag != "tag:yaml.org,2002:seq":

@@ -1,0 +1,366 @@
+"""The command `prefline`: parse, call, print. Results go to stdout, progress to stderr."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import pipeline
+from pipeline.errors import (
+    EXIT_INTERRUPTED,
+    ArtifactError,
+    ConfigError,
+    PeopleNeeded,
+    Stopped,
+    ToolkitError,
+)
+
+app = typer.Typer(
+    name="prefline",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="A line from raw text to an aligned policy: tokenizer, pretrain, sft, sample, rank, reward,"
+    " ppo, evaluate.\n\nStart with:  prefline run configs/demo.yaml",
+)
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+Target = Annotated[
+    Path, typer.Argument(metavar="CONFIG|RUN", help="A configuration (.yaml) or a run directory.")
+]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, as runs/demo.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, as ppo.kl_coef=0.1."),
+]
+Json = Annotated[bool, typer.Option("--json", help="For scripts.")]
+
+
+# ---- running -------------------------------------------------------------------------------
+
+
+@app.command()
+def run(
+    target: Target,
+    overrides: Overrides = None,
+    until: Annotated[
+        str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would happen, and do nothing.")
+    ] = False,
+) -> None:
+    """Run what is missing, in order; stop when people are needed.
+
+    Steps that are done are left alone. A changed setting runs again what depends on it, and says
+    why before it spends time.
+
+    Example:  prefline run configs/demo.yaml --until sft sft.lr=2e-3
+    """
+    _run(target, overrides, until=until, dry_run=dry_run, finish=until is None)
+
+
+@app.command()
+def resume(target: RunDir) -> None:
+    """Say what would happen, then continue from the last checkpoint.
+
+    Example:  prefline resume runs/demo
+    """
+    from pipeline import runner, workspace
+
+    for line in runner.dry_run(workspace.open_run(target)):
+        runner.say(line)
+    runner.say("")
+    _run(target, None, finish=True)
+
+
+def _run(
+    target: Path,
+    overrides: Sequence[str] | None,
+    *,
+    until: str | None = None,
+    only: str | None = None,
+    dry_run: bool = False,
+    finish: bool = False,
+) -> None:
+    from pipeline import runner, sources, workspace
+
+    draft = workspace.draft_run(target, overrides or ())
+    runner.select(draft.settings, until, only)
+    sources.check_all(draft.settings)
+    if dry_run:
+        for line in runner.dry_run(draft, until, only):
+            print(line)
+        return
+    with workspace.writer(draft) as (opened, changes):
+        runner.say(f"run {opened.path}")
+        for change in changes:
+            runner.say(f"changed: {change}")
+        try:
+            states = runner.execute(opened, until, only)
+        except PeopleNeeded as error:
+            raise PeopleNeeded(error.message, _how_to_rank(opened.path)) from None
+        if finish:
+            _finish(opened.path, states)
+
+
+def _how_to_rank(path: Path) -> str:
+    return (
+        f"Make an account:  prefline users {path} add NAME\n"
+        f"       Open the app:     prefline rank {path}\n"
+        f"       Then go on:       prefline resume {path}"
+    )
+
+
+def _finish(path: Path, states: Sequence[object]) -> None:
+    from pipeline import tables
+    from pipeline.report import write_report
+    from pipeline.states import StepState
+
+    for line in tables.achieved_lines([s for s in states if isinstance(s, StepState)]):
+        print(line)
+    print(f"report: {write_report(path)}")
+
+
+def _add_stage_command(stage: str, text: str) -> None:
+    def command(target: Target, overrides: Overrides = None) -> None:
+        _run(target, overrides, only=stage)
+
+    example = f"Example:  prefline {stage} runs/demo"
+    command.__doc__ = f"{text}\n\nWhat it reads must be done already.\n\n{example}"
+    app.command(stage)(command)
+
+
+for _stage, _text in {
+    "tokenizer": "Train the tokenizer, and nothing else.",
+    "pretrain": "Train the language model on text, and nothing else.",
+    "sft": "Fine-tune on demonstrations, and nothing else.",
+    "sample": "Sample responses to be ranked, and nothing else.",
+    "reward": "Train the reward model on the rankings, and nothing else.",
+    "ppo": "Optimise the policy with PPO, and nothing else.",
+    "evaluate": "Compare the policy with sft and base, and nothing else.",
+}.items():
+    _add_stage_command(_stage, _text)
+
+
+# ---- people --------------------------------------------------------------------------------
+
+
+@app.command()
+def rank(
+    target: RunDir,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
+) -> None:
+    """Serve the ranking app until Ctrl-C.
+
+    Example:  prefline rank runs/demo --port 8000
+    """
+    from pipeline import launch, workspace
+
+    path = workspace.open_run(target).path
+    arguments = [str(path), "--host", host, "--port", str(port)]
+    raise typer.Exit(launch.call("labeling_ui.server", arguments))
+
+
+@app.command(context_settings=_PASS_ON)
+def users(context: typer.Context) -> None:
+    """Accounts of the ranking app: RUN add NAME, RUN list, RUN disable NAME.
+
+    Example:  prefline users runs/demo add ada --role lead
+    """
+    _pass_on("labeling_ui.accounts", context.args)
+
+
+@app.command(context_settings=_PASS_ON)
+def labels(context: typer.Context) -> None:
+    """Rankings in and out: RUN import|export|stats|backup|forget.
+
+    Example:  prefline labels runs/demo export rankings.jsonl
+    """
+    _pass_on("labeling_ui.labels", context.args)
+
+
+def _pass_on(module: str, arguments: list[str]) -> None:
+    from pipeline import launch, workspace
+
+    words = list(arguments)
+    if words and not words[0].startswith("-"):
+        words[0] = str(workspace.open_run(Path(words[0])).path)
+    raise typer.Exit(launch.call(module, words or ["--help"]))
+
+
+# ---- looking -------------------------------------------------------------------------------
+
+
+@app.command()
+def status(target: RunDir, as_json: Json = False) -> None:
+    """Show the state of every step.
+
+    Example:  prefline status runs/demo
+    """
+    from pipeline import runner, tables, workspace
+
+    opened = workspace.open_run(target)
+    states = runner.inspect(opened)
+    if as_json:
+        rows = [state.to_row() for state in states]
+        print(json.dumps({"run": str(opened.path), "steps": rows}, indent=1))
+        return
+    for line in tables.status_lines(states):
+        print(line)
+
+
+@app.command()
+def verify(target: RunDir) -> None:
+    """Read every byte of every artifact again and compare it with its manifest.
+
+    Example:  prefline verify runs/demo
+    """
+    from pipeline import artifacts, lineage, workspace
+
+    opened = workspace.open_run(target)
+    damaged = 0
+    found = lineage.all_manifests(opened)
+    for work, made in found.items():
+        damage = artifacts.find_damage(work, made, None)
+        damaged += damage is not None
+        name = work.relative_to(opened.path)
+        print(f"{name}: {f'damaged: {damage}' if damage else f'ok, {len(made.files)} files'}")
+    if damaged:
+        raise ArtifactError(
+            f"{damaged} of {len(found)} artifacts are damaged",
+            "Restore the files, or remove the step's directory and run again.",
+        )
+
+
+@app.command()
+def lineage(
+    target: RunDir,
+    label: Annotated[
+        str | None, typer.Option(metavar="ID", help="A ranking: show all that it has touched.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what the last policy was made from, or all that one label has touched.
+
+    Example:  prefline lineage runs/demo --label 3f9a1c
+    """
+    from pipeline import lineage as lines
+    from pipeline import workspace
+
+    opened = workspace.open_run(target)
+    if label:
+        reached = lines.forward(opened, label)
+        if as_json:
+            print(json.dumps(reached, indent=1, ensure_ascii=False))
+            return
+        row = reached["label"]
+        print(f"label {row['id']} by {row['annotator']} (round {row.get('round', '?')})")
+        for item in reached["touched"]:
+            print(f"  {item['step']}  {item['fingerprint'][:12]}")
+        return
+    tree = lines.backward(opened)
+    print(json.dumps(tree.to_row(), indent=1) if as_json else "\n".join(lines.tree_lines(tree)))
+
+
+@app.command()
+def config(
+    target: Annotated[
+        Path | None,
+        typer.Argument(metavar="CONFIG|RUN", help="A configuration or a run directory."),
+    ] = None,
+    overrides: Overrides = None,
+    fields: Annotated[
+        bool, typer.Option("--fields", help="List every setting, its default and its meaning.")
+    ] = False,
+) -> None:
+    """Show the resolved settings, and where each value comes from.
+
+    Example:  prefline config configs/demo.yaml ppo.kl_coef=0.1
+    """
+    from pipeline import tables, workspace
+
+    if fields:
+        print("\n".join(tables.field_lines()))
+        return
+    if target is None:
+        raise ConfigError("config: give a configuration or a run directory, or --fields")
+    drafted = workspace.draft_run(target, overrides or ())
+    print(workspace.config_text(drafted.settings, drafted.origins), end="")
+
+
+@app.command()
+def report(
+    targets: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+) -> None:
+    """Write report.html of each run, a page that works offline; print its path.
+
+    Example:  prefline report runs/demo
+    """
+    from pipeline import workspace
+    from pipeline.report import write_report
+
+    for path in [workspace.open_run(target).path for target in targets]:
+        print(write_report(path))
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions and devices, and what is missing.
+
+    Example:  prefline doctor
+    """
+    from pipeline import doctor as checks
+
+    lines, healthy = checks.examine()
+    print("\n".join(lines))
+    if not healthy:
+        raise ToolkitError("something is missing, see above")
+
+
+# ---- entry ---------------------------------------------------------------------------------
+
+
+def check_siblings() -> None:
+    """Refuse to work with a foreign package called `stages` or `labeling_ui`.
+
+    The three names are general words; another distribution or the current folder may have them.
+    """
+    home = Path(pipeline.__file__).resolve().parent.parent
+    if getattr(pipeline, "OWNER", None) != "prefline":
+        _foreign("pipeline", home, home)
+    for name in ("stages", "labeling_ui"):
+        spec = importlib.util.find_spec(name)
+        place = Path(spec.origin).resolve().parent.parent if spec and spec.origin else None
+        if place != home:
+            _foreign(name, place, home)
+
+
+def _foreign(name: str, place: Path | None, home: Path) -> None:
+    found = f"belongs to another package (in {place})" if place else "was not found"
+    raise ToolkitError(
+        f"the name {name!r} {found}. prefline expected it in {home}",
+        "Install prefline in an environment of its own.",
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; every error for people is one message and an exit code."""
+    try:
+        check_siblings()
+        app(args=arguments, prog_name="prefline")
+    except ToolkitError as error:
+        words = {PeopleNeeded: "waiting", Stopped: "stopped"}
+        print(f"{words.get(type(error), 'error')}: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
