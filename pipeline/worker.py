@@ -139,13 +139,14 @@ def run_file(file: Path) -> int:
 
 def run_job(job: Job, rank: int, world_size: int) -> None:
     """Call the stage's `run`; rank 0 then publishes what it made."""
-    meter, started = Meter(), _now()
     out = Out(job, rank, world_size)
     if rank == 0:
         artifacts.prepare(job.work)
     out.checkpoints.mkdir(parents=True, exist_ok=True)
     settings = Settings.model_validate(job.settings)
     run: Run = importlib.import_module(_module(job.module)).run
+    # the clock starts here: imports are the line's overhead, not the stage's work
+    meter, started = Meter(), _now()
     if stop_requested():
         raise Stopped(f"{job.step}: stopped before it began")
     metrics = run(settings, job.inputs, out)

@@ -1,0 +1,39 @@
+# make demo   train a small model from scratch, align it, show the report (about ten minutes)
+# make test   the tests (a few minutes)       make slow   the long ones too
+# make lint   ruff and mypy
+#
+# Each needs Python >= 3.11, make and git only: .venv is made on the first call, and again only when
+# pyproject.toml or constraints.txt change.
+
+PYTHON ?= python3
+STAMP := .venv/.installed
+BIN := .venv/bin
+# two tests at a time, one thread each: faster on two cores than the other way round
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+.PHONY: demo test slow lint clean
+
+demo: $(STAMP)
+	$(BIN)/prefline run configs/demo.yaml
+
+test: $(STAMP)
+	$(PYTEST)
+
+slow: $(STAMP)
+	$(PYTEST) -m "not browser"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "error: prefline needs Python 3.11 or newer; '$(PYTHON)' is" \
+	    "$$($(PYTHON) --version 2>&1 || echo missing). Try: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist
