@@ -17,6 +17,7 @@ from typing import Any
 from pipeline.records import canonical_json
 
 Metrics = dict[str, Any]
+_SHOW_EVERY_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Out:
         self.cost: dict[str, float] = {"tokens": 0, "flops": 0.0}
         self.resumed_from: int | None = None
         self._last_beat = 0.0
+        self._last_shown = 0.0
         self._metrics = job.work / "metrics.jsonl"
 
     def say(self, text: str) -> None:
@@ -112,6 +114,12 @@ class Out:
             return
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write(canonical_json({"step": step, **metrics, "time": round(time.time(), 3)}) + "\n")
+        # every row is in the file; people see one every few seconds, and every evaluation
+        is_evaluation = any(key.startswith(("heldout_", "validation_")) for key in metrics)
+        now = time.monotonic()
+        if now - self._last_shown < _SHOW_EVERY_SECONDS and not is_evaluation:
+            return
+        self._last_shown = now
         shown = "  ".join(
             f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
             for key, value in metrics.items()
