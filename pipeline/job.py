@@ -18,6 +18,8 @@ from pipeline.records import canonical_json
 
 Metrics = dict[str, Any]
 _SHOW_EVERY_SECONDS = 3.0
+_SHOWN_KEYS = 7  # what fits on a line; a stage puts what matters first
+_EVALUATION = ("heldout_", "validation_")
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Out:
     def say(self, text: str) -> None:
         """A line for people, from rank 0, on stderr."""
         if self.rank == 0:
-            print(f"{self.step}: {text}", file=sys.stderr, flush=True)
+            print(f"{self.step}: {text}", file=sys.stderr, flush=True)  # noqa: T201 - its one place
 
     def log(self, step: int, metrics: Metrics) -> None:
         """One row of metrics.jsonl and one line on screen. `step` counts the stage's own steps."""
@@ -115,15 +117,15 @@ class Out:
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write(canonical_json({"step": step, **metrics, "time": round(time.time(), 3)}) + "\n")
         # every row is in the file; people see one every few seconds, and every evaluation
-        is_evaluation = any(key.startswith(("heldout_", "validation_")) for key in metrics)
+        is_evaluation = any(key.startswith(_EVALUATION) for key in metrics)
         now = time.monotonic()
         if now - self._last_shown < _SHOW_EVERY_SECONDS and not is_evaluation:
             return
         self._last_shown = now
         shown = "  ".join(
             f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-            for key, value in metrics.items()
-            if isinstance(value, int | float)
+            for number, (key, value) in enumerate(metrics.items())
+            if number < _SHOWN_KEYS or key.startswith(_EVALUATION)
         )
         self.say(f"step {step}  {shown}")
 

@@ -80,7 +80,9 @@ class Checkpointer:
         for folder in sorted(self._folder.glob("step-*"), reverse=True):
             problem = _damage(folder)
             if problem:
-                self._out.say(f"checkpoint {folder.name} is damaged ({problem}); using the one before")
+                self._out.say(
+                    f"checkpoint {folder.name} is damaged ({problem}); using the one before"
+                )
                 continue
             state = json.loads((folder / "state.json").read_text())
             tensors = {path.stem: load_file(path) for path in folder.glob("*.safetensors")}

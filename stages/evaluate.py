@@ -71,9 +71,13 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
         own_tokenizer = load_tokenizer(inputs[role])
         answers[role] = _answer(settings, role, model, own_tokenizer, prompts, accelerator, out)
         if role == "sft":
-            metrics["kl_nats"] = _kl(settings, answers["policy"], model, prompts, tokenizer, accelerator)
+            metrics["kl_nats"] = _kl(
+                settings, answers["policy"], model, prompts, tokenizer, accelerator
+            )
         prefix = "" if role == "policy" else f"{role}_"
-        metrics[f"{prefix}perplexity"] = _perplexity(model, own_tokenizer, heldout_text, accelerator)
+        metrics[f"{prefix}perplexity"] = _perplexity(
+            model, own_tokenizer, heldout_text, accelerator
+        )
         said = answers[role]
         lengths = [len(row) for row in said.tokens]
         metrics |= {
@@ -215,9 +219,14 @@ def _perplexity(
     if not rows:
         return None
     batch = make_sequences(
-        [row[:1] for row in rows], [row[1:] for row in rows], tokenizer.pad_token_id, accelerator.device
+        [row[:1] for row in rows],
+        [row[1:] for row in rows],
+        tokenizer.pad_token_id,
+        accelerator.device,
     )
-    logprobs_BR = over_responses(lambda b: response_logprobs(model, b, 1.0)[0], batch, rows_at_once=16)
+    logprobs_BR = over_responses(
+        lambda b: response_logprobs(model, b, 1.0)[0], batch, rows_at_once=16
+    )
     mean = torch.where(batch.valid_BR, logprobs_BR, 0.0).double().sum() / batch.valid_BR.sum()
     return math.exp(-float(mean))
 

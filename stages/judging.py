@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -38,7 +39,7 @@ def text_metrics(responses: list[str], tokens: list[int], ended: list[bool]) -> 
     """
     words = [response.split() for response in responses]
     singles = Counter(word for row in words for word in row)
-    doubles = Counter(pair for row in words for pair in zip(row, row[1:], strict=False))
+    doubles = Counter(pair for row in words for pair in pairwise(row))
     count = Counter(response.strip() for response in responses)
     is_duplicate = [count[response.strip()] > 1 for response in responses]
     flags = [

@@ -74,7 +74,9 @@ def load_tokenizer(item: Input) -> PreTrainedTokenizerBase:
         try:
             tokenizer = AutoTokenizer.from_pretrained(item.path, trust_remote_code=False)
         except _LOAD_ERRORS as error:
-            raise ArtifactError(f"{item.path}: no readable tokenizer: {_first_line(error)}") from None
+            raise ArtifactError(
+                f"{item.path}: no readable tokenizer: {_first_line(error)}"
+            ) from None
         return tokenizer
     return _user_tokenizer(_user_source(item))
 

@@ -1,6 +1,6 @@
 """Documents as one long memory-mapped array of tokens, and rows of it without padding.
 
-Documents follow each other with an end token between them and are cut into rows wherever a row is
+Documents follow each other with an end token behind each and are cut into rows wherever a row is
 full, as in GPT-2 and GPT-3: a row may hold several documents and attention sees across them; the end
 token tells the model that what came before does not matter.
 """
@@ -9,69 +9,63 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.errors import DataError
 from pipeline.records import canonical_json
+from stages.data import is_heldout
 
+PARTS = ("train", "heldout")
 _DOCUMENTS_AT_ONCE = 256
 
-Tokens = np.ndarray[tuple[int], np.dtype[np.unsignedinteger]]
 
+def pack_documents(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    heldout_fraction: float,
+    progress: Callable[[int, int, str], Any] | None = None,
+) -> dict[str, dict[str, Any]] | None:
+    """Write the documents as tokens, `train` and `heldout` apart, once; on one rank.
 
-class TokenFile(NamedTuple):
-    """tokens: all documents, memory-mapped. text_bytes: UTF-8 bytes of the text behind them."""
-
-    tokens: Tokens
-    documents: int
-    text_bytes: int
-
-
-def tokenise_documents(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, folder: Path, name: str = "tokens"
-) -> TokenFile:
-    """Write the documents as tokens under `folder` once; a finished file is used as it is.
-
-    `texts` is not read at all when the file is already there. Call it on one rank.
+    Returns the counts of both parts (documents, text_bytes, tokens), or None where the files were
+    there already: then `texts` is not read at all.
     """
-    meta_path = folder / f"{name}.json"
-    if not meta_path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32).newbyteorder("<")
-        temporary = folder / f"{name}.bin.tmp"
-        counts = {"documents": 0, "text_bytes": 0, "tokens": 0}
-        with temporary.open("wb") as file:
-            for text, ids in _encoded(texts, tokenizer):
-                file.write(np.asarray(ids, dtype=dtype).tobytes())
-                counts["documents"] += 1
-                counts["text_bytes"] += len(text.encode())
-                counts["tokens"] += len(ids)
+    done = folder / "packed.json"
+    if done.exists():
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
+    counts: dict[str, dict[str, Any]] = {
+        part: {"documents": 0, "text_bytes": 0, "tokens": 0, "dtype": dtype.str} for part in PARTS
+    }
+    with ExitStack() as stack:
+        files = {part: stack.enter_context((folder / f"{part}.bin").open("wb")) for part in PARTS}
+        for number, (text, ids) in enumerate(_encoded(texts, tokenizer), 1):
+            part = "heldout" if is_heldout(text, heldout_fraction) else "train"
+            files[part].write(np.asarray(ids, dtype=dtype).tobytes())
+            counts[part]["documents"] += 1
+            counts[part]["text_bytes"] += len(text.encode())
+            counts[part]["tokens"] += len(ids)
+            # how many there will be is not known before the last one
+            if progress is not None and number % _DOCUMENTS_AT_ONCE == 0:
+                progress(number, number + 1, "document")
+        for file in files.values():
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, folder / f"{name}.bin")
-        # written last: its presence means that the tokens are whole
-        meta_tmp = folder / f"{name}.json.tmp"
-        meta_tmp.write_text(canonical_json({**counts, "dtype": dtype.str}), encoding="utf-8")
-        os.replace(meta_tmp, meta_path)
-    return open_tokens(folder, name)
-
-
-def open_tokens(folder: Path, name: str = "tokens") -> TokenFile:
-    """What `tokenise_documents` wrote; for the other ranks."""
-    meta = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    dtype = np.dtype(meta["dtype"])
-    if meta["tokens"] == 0:
-        return TokenFile(np.zeros(0, dtype), 0, 0)
-    tokens = np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r")
-    if len(tokens) != meta["tokens"]:
-        raise DataError(f"{folder}/{name}.bin has {len(tokens)} tokens instead of {meta['tokens']}")
-    return TokenFile(tokens, meta["documents"], meta["text_bytes"])
+    # written last: its presence means that both parts are whole
+    temporary = done.with_suffix(".tmp")
+    temporary.write_text(canonical_json(counts), encoding="utf-8")
+    os.replace(temporary, done)
+    return counts
 
 
 def _encoded(
@@ -88,29 +82,25 @@ def _encoded(
 
 
 class PackedRows:
-    """Rows of `length` + 1 tokens: `row[:-1]` is read, `row[1:]` is predicted.
+    """Rows of `length` tokens of one part; what does not fill a row at the end is `left_over`."""
 
-    A row begins with the last token of the one before, so every token but the first is predicted
-    exactly once an epoch. `left_over`: tokens at the end that do not fill a row.
-    """
-
-    def __init__(self, tokens: Tokens, length: int, what: str = "pretrain.data") -> None:
-        self.tokens = tokens
+    def __init__(self, folder: Path, part: str, length: int) -> None:
+        meta = json.loads((folder / "packed.json").read_text(encoding="utf-8"))[part]
+        self.tokens: np.ndarray[Any, Any] = np.zeros(0, dtype=meta["dtype"])
+        # an empty file cannot be mapped
+        if meta["tokens"]:
+            self.tokens = np.memmap(folder / f"{part}.bin", dtype=meta["dtype"], mode="r")
+        assert len(self.tokens) == meta["tokens"], (folder, part)
         self.length = length
-        count = max(0, len(tokens) - 1) // length
-        if count == 0:
-            raise DataError(
-                f"{what}: {len(tokens)} tokens are not enough for one row of {length}",
-                "Give more text or a smaller pretrain.sequence_length.",
-            )
-        self.left_over = len(tokens) - 1 - count * length
-        self._count = count
+        self.documents: int = meta["documents"]
+        self.left_over = len(self.tokens) % length
+        self.bytes_per_token: float = meta["text_bytes"] / max(1, meta["tokens"])
 
     def __len__(self) -> int:
-        return self._count
+        return len(self.tokens) // self.length
 
-    def __getitem__(self, row: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        if not 0 <= row < self._count:
-            raise IndexError(row)
-        start = row * self.length
-        return np.asarray(self.tokens[start : start + self.length + 1], dtype=np.int64)
+    def rows(self, picked: list[int]) -> Tensor:
+        """Rows by number, as `[B, T]`."""
+        assert all(0 <= row < len(self) for row in picked), picked
+        parts = [self.tokens[row * self.length : (row + 1) * self.length] for row in picked]
+        return torch.from_numpy(np.stack(parts).astype(np.int64))

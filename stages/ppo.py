@@ -20,21 +20,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
 
 from pipeline import worker
 from pipeline.job import Inputs, Metrics, Out
 from pipeline.records import canonical_json
 from pipeline.settings import Settings
-from pipeline.settings.ppo import PpoSettings
-from stages.chat import decode_response
 from stages import ppo_math
+from stages.chat import decode_response
 from stages.checkpoints import (
     Checkpointer,
     Tensors,
@@ -50,7 +47,6 @@ from stages.common import (
     epoch_order,
     exact_div,
     gather_list,
-    own_share,
     permutation,
     seed_for,
     set_lr,
@@ -59,49 +55,19 @@ from stages.common import (
     sum_over_ranks,
     warmup_linear,
 )
-from stages.generation import generate
-from stages.models import add_lora, backbone_and_head, contract_of, load_causal_lm, load_reward_model, load_tokenizer, merge_lora, save_model
-from stages.prompts import PromptIds, encode_prompts, load_prompts, of_split
-from stages.rollout import (
-    Sequences,
-    ValueModel,
-    in_micro_batches,
-    make_sequences,
-    over_responses,
-    response_logprobs,
-    score_all,
+from stages.experience import Models, Rollout, roll_out
+from stages.models import (
+    add_lora,
+    backbone_and_head,
+    contract_of,
+    load_causal_lm,
+    load_reward_model,
+    load_tokenizer,
+    merge_lora,
+    save_model,
 )
-
-
-@dataclass
-class Models:
-    """The four models of PPO. `policy` and `value` are trained; wrapped ones exchange gradients."""
-
-    policy: PreTrainedModel
-    reference: PreTrainedModel
-    reward: PreTrainedModel
-    value: ValueModel
-    wrapped_policy: nn.Module
-    wrapped_value: nn.Module
-    tokenizer: PreTrainedTokenizerBase
-    score_mean: float
-    score_std: float
-
-
-class Rollout(NamedTuple):
-    """One update's experience, the same on every rank.
-
-    batch: prompts and responses of B rows. logprobs, ref_logprobs, values: `[B, R]`, 0 where not
-    valid. scores_B: normalised and clipped, missing-EOS penalty included. ended_B: True where the
-    response stopped by itself.
-    """
-
-    batch: Sequences
-    logprobs_BR: Tensor
-    ref_logprobs_BR: Tensor
-    values_BR: Tensor
-    scores_B: Tensor
-    ended_B: Tensor
+from stages.prompts import PromptIds, encode_prompts, load_prompts, of_split
+from stages.rollout import ValueModel, in_micro_batches, response_logprobs
 
 
 class Experience(NamedTuple):
@@ -125,7 +91,7 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     loop = _Loop(settings, models, train, validation, accelerator, out)
     loop.run()
 
-    load_trainable(models.policy, {k: v for k, v in loop.best.items()})
+    load_trainable(models.policy, loop.best)
     policy = merge_lora(models.policy)
     if out.rank == 0:
         save_model(policy, models.tokenizer, out.artifact)
@@ -208,12 +174,18 @@ class _Loop:
             self.out.log(0, self._validate(0))
         while self.update < self.ppo.updates:
             stop_if_asked(self.accelerator, self.out, self._save)
+            # 1 respond, 2 score
             rollout = self._roll_out(
-                [self.train[i] for i in self._picked()],
-                [self._seed("rollout", self.update, i) for i in range(self.ppo.prompts_per_step)],
+                [self.train[i] for i in self._picked()], "rollout", self.update
             )
             row = self._rollout_metrics(rollout)
-            row |= self._optimise(self._experience(rollout))
+            # 3 rewards and advantages
+            experience = self._experience(rollout)
+            row["explained_variance"] = ppo_math.explained_variance(
+                rollout.values_BR, experience.returns_BR, rollout.batch.valid_BR
+            ).item()
+            # 4 optimise
+            row |= self._optimise(experience)
             check_finite(self.update + 1, "ppo", **row)
             self.update += 1
             if self.ppo.kl_control == "adaptive":
@@ -248,89 +220,11 @@ class _Loop:
             "prompts",
         )
 
-    # 1 respond, 2 score -------------------------------------------------------------------
-
-    def _roll_out(self, prompts: list[PromptIds], seeds: list[int]) -> Rollout:
-        """Responses of the policy and all that the models say of them, gathered from all ranks."""
-        ppo, models, device = self.ppo, self.models, self.accelerator.device
-        share = own_share(len(prompts), self.accelerator)
-        with self.accelerator.autocast():
-            generated = generate(
-                models.policy,
-                [prompts[i].ids for i in share],
-                [seeds[i] for i in share],
-                eos_id=models.tokenizer.eos_token_id,
-                pad_id=models.tokenizer.pad_token_id,
-                max_response_tokens=ppo.max_response_tokens,
-                temperature=ppo.temperature,
-                rows_at_once=ppo.rows_per_rank,
-            )
-        # what other ranks generated is scored by them: only lists travel
-        own = [(prompts[i].ids, g.tokens, g.logprobs, g.ended) for i, g in zip(share, generated, strict=True)]
-        scored = self._score(own) if own else []
-        rows = gather_list(scored, self.accelerator)
-        batch = make_sequences(
-            [row[0] for row in rows], [row[1] for row in rows], models.tokenizer.pad_token_id, device
-        )
-        return Rollout(
-            batch,
-            *(_padded([row[column] for row in rows], batch) for column in (2, 3, 4)),
-            torch.tensor([row[5] for row in rows], device=device),
-            torch.tensor([row[6] for row in rows], device=device),
-        )
-
-    def _score(self, rows: list[tuple[list[int], list[int], list[float], bool]]) -> list[tuple[Any, ...]]:
-        """(prompt, response, logprobs, ref_logprobs, values, score, ended) of own rows, as lists."""
-        ppo, models, device = self.ppo, self.models, self.accelerator.device
-        pad_id = models.tokenizer.pad_token_id
-        prompts, responses, ended = [r[0] for r in rows], [r[1] for r in rows], [r[3] for r in rows]
-        batch = make_sequences(prompts, responses, pad_id, device)
-        with self.accelerator.autocast():
-            ref_logprobs_BR = over_responses(
-                lambda b: response_logprobs(models.reference, b, ppo.temperature)[0],
-                batch,
-                ppo.rows_per_rank,
-            )
-            values_BR = over_responses(
-                lambda b: models.value(b.tokens_BT, b.predict_BR), batch, ppo.rows_per_rank
-            )
-            raw_B = score_all(
-                models.reward,
-                [p + r for p, r in zip(prompts, responses, strict=True)],
-                pad_id,
-                device,
-                ppo.rows_per_rank,
-            )
-            # decoding in bf16 rounds otherwise than a whole forward: the ratio must start at 1
-            recompute = self.accelerator.mixed_precision != "no"
-            if recompute:
-                logprobs_BR = over_responses(
-                    lambda b: response_logprobs(models.policy, b, ppo.temperature)[0],
-                    batch,
-                    ppo.rows_per_rank,
-                )
-        scores_B = ((raw_B - models.score_mean) / models.score_std).clamp(
-            -ppo.score_clip, ppo.score_clip
-        )
-        missing_B = ~torch.tensor(ended, device=device)
-        scores_B = scores_B - ppo.missing_eos_penalty * missing_B
-        logprobs = (
-            _unpadded(logprobs_BR, batch) if recompute else [row[2] for row in rows]
-        )
-        return list(
-            zip(
-                prompts,
-                responses,
-                logprobs,
-                _unpadded(ref_logprobs_BR, batch),
-                _unpadded(values_BR, batch),
-                scores_B.tolist(),
-                ended,
-                strict=True,
-            )
-        )
-
-    # 3 rewards and advantages ---------------------------------------------------------------
+    def _roll_out(self, prompts: list[PromptIds], *purpose: Any) -> Rollout:
+        seeds = [self._seed(*purpose, i) for i in range(len(prompts))]
+        rollout = roll_out(self.models, [p.ids for p in prompts], seeds, self.ppo, self.accelerator)
+        self.out.cost["tokens"] += int(rollout.batch.response_tokens_B.sum())
+        return rollout
 
     def _experience(self, rollout: Rollout) -> Experience:
         valid_BR = rollout.batch.valid_BR
@@ -344,8 +238,6 @@ class _Loop:
             # over the rows of all ranks: every rank holds the whole rollout
             advantages_BR = ppo_math.whiten(advantages_BR, valid_BR)
         return Experience(rollout, advantages_BR, returns_BR)
-
-    # 4 optimise -----------------------------------------------------------------------------
 
     def _optimise(self, experience: Experience) -> Metrics:
         """`epochs` passes over the rollout; averages over all their tokens for the log."""
@@ -377,11 +269,10 @@ class _Loop:
         index = torch.tensor(rows, device=lengths_B.device)
         num_valid = int(rollout.batch.response_tokens_B[index].sum())
         own = rows[accelerator.process_index :: world]
-        parts = list(
-            in_micro_batches(lengths_B[own].tolist(), ppo.rows_per_rank, lengths_B.device)
-        )
+        parts = list(in_micro_batches(lengths_B[own].tolist(), ppo.rows_per_rank, lengths_B.device))
         train_policy = self.update >= ppo.value_warmup_updates
         sums = torch.zeros(6, device=lengths_B.device)
+        ratio_max = 0.0
         for number, part in enumerate(parts):
             with contextlib.ExitStack() as stack:
                 if number < len(parts) - 1:
@@ -389,7 +280,9 @@ class _Loop:
                     stack.enter_context(accelerator.no_sync(models.wrapped_policy))
                     stack.enter_context(accelerator.no_sync(models.wrapped_value))
                 stack.enter_context(accelerator.autocast())
-                sums += self._backward(experience, [own[i] for i in part], num_valid, train_policy)
+                stats = self._backward(experience, [own[i] for i in part], num_valid, train_policy)
+            sums += stats
+            ratio_max = max(ratio_max, stats[5].item())
         policy_norm = value_norm = 0.0
         if train_policy:
             policy_norm = clip_gradients(models.policy, ppo.max_grad_norm)
@@ -398,7 +291,6 @@ class _Loop:
         self.value_optimizer.step()
         self.policy_optimizer.zero_grad(set_to_none=True)
         self.value_optimizer.zero_grad(set_to_none=True)
-        ratio_max = sums[5].item()
         totals = sum_over_ranks(accelerator)(sums).tolist()
         return {
             "policy_loss": totals[0],
@@ -406,7 +298,7 @@ class _Loop:
             "clip_fraction": totals[2] / num_valid,
             "approx_kl": totals[3] / num_valid,
             "entropy": totals[4] / num_valid,
-            "ratio_max": ratio_max,
+            "ratio_max": max(gather_list([ratio_max], accelerator)),
             "policy_grad_norm": policy_norm,
             "value_grad_norm": value_norm,
         }
@@ -459,28 +351,21 @@ class _Loop:
     def _rollout_metrics(self, rollout: Rollout) -> Metrics:
         valid_BR = rollout.batch.valid_BR
         kl = ppo_math.kl_estimates(rollout.logprobs_BR, rollout.ref_logprobs_BR, valid_BR)
-        advantages_BR, returns_BR = self._experience(rollout)[1:]
         score, kl_nats = rollout.scores_B.mean().item(), kl.k1_BR.sum(-1).mean().item()
-        num_tokens = int(rollout.batch.response_tokens_B.sum())
-        self.out.cost["tokens"] += num_tokens
         return {
             "score": score,
             "kl": kl_nats,
             "kl_k3": kl.k3_BR.sum(-1).mean().item(),
             "reward": score - self.kl_coef * kl_nats,
             "kl_coef": self.kl_coef,
-            "response_tokens": num_tokens / len(rollout.scores_B),
+            "response_tokens": rollout.batch.response_tokens_B.float().mean().item(),
             "eos_rate": rollout.ended_B.float().mean().item(),
-            "explained_variance": ppo_math.explained_variance(
-                rollout.values_BR, returns_BR, valid_BR
-            ).item(),
         }
 
     def _validate(self, update: int) -> Metrics:
         """Score the policy on validation prompts, always with the same random numbers; keep the best."""
-        # the prompts and their seeds stay the same, so that only the policy makes a difference
-        seeds = [self._seed("validation", i) for i in range(len(self.validation))]
-        rollout = self._roll_out(self.validation, seeds)
+        # prompts and seeds stay the same, so that only the policy makes a difference
+        rollout = self._roll_out(self.validation, "validation")
         row = self._rollout_metrics(rollout)
         # the fixed coefficient: an adaptive one would compare updates by different measures
         reward = row["score"] - self.ppo.kl_coef * row["kl"]
@@ -490,7 +375,9 @@ class _Loop:
             "validation_reward": reward,
         }
         if reward > self.best_metrics["validation_reward"]:
-            self.best = {k: v.detach().clone() for k, v in trainable_tensors(self.models.policy).items()}
+            self.best = {
+                k: v.detach().clone() for k, v in trainable_tensors(self.models.policy).items()
+            }
             self.best_metrics = {"best_update": update, **found}
         self._show(update, rollout)
         return found
@@ -536,20 +423,6 @@ class _Loop:
         self.kl_coef = found.state["kl_coef"]
         self.out.cost.update(found.state["cost"])
         self.update = found.step
-
-
-def _unpadded(x_BR: Tensor, batch: Sequences) -> list[list[float]]:
-    return [
-        row[:length].tolist()
-        for row, length in zip(x_BR, batch.response_tokens_B.tolist(), strict=True)
-    ]
-
-
-def _padded(rows: list[list[float]], batch: Sequences) -> Tensor:
-    valid_BR = batch.valid_BR
-    x_BR = torch.zeros(valid_BR.shape, device=valid_BR.device)
-    x_BR[valid_BR] = torch.tensor([v for row in rows for v in row], device=valid_BR.device)
-    return x_BR
 
 
 if __name__ == "__main__":

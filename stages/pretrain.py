@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -129,8 +128,9 @@ def _packed(
             out.say(f"text: {tally.summary()}")
             out.derived["documents_dropped"] = dict(tally.reasons)
     accelerator.wait_for_everyone()
-    parts = PackedRows(folder, "train", own.sequence_length), PackedRows(
-        folder, "heldout", own.sequence_length
+    parts = (
+        PackedRows(folder, "train", own.sequence_length),
+        PackedRows(folder, "heldout", own.sequence_length),
     )
     for rows, what in zip(parts, ("training", "held-out"), strict=True):
         if len(rows) == 0:
@@ -175,7 +175,9 @@ def _train(
         stop_if_asked(accelerator, out, lambda step=step: save(step))
         lr = own.lr * warmup_cosine(step, own.steps, own.warmup_fraction, own.min_lr_ratio)
         set_lr(optimizer, lr)
-        row = _step(settings, wrapped, model, optimizer, train, step, rows_per_rank, tokenizer, accelerator)
+        row = _step(
+            settings, wrapped, model, optimizer, train, step, rows_per_rank, tokenizer, accelerator
+        )
         check_finite(step + 1, "pretrain", **row)
         row["lr"] = lr
         now = time.perf_counter()

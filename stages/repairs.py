@@ -181,7 +181,9 @@ def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 def set_special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """bos, eos and pad of the tokenizer in both configurations of the model."""
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    ids = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
+    }
     for key, value in ids.items():
         setattr(model.config, key, value)
     if model.can_generate():

@@ -28,7 +28,14 @@ from pipeline.records import Ranking, SampleGroup, read_jsonl
 from pipeline.settings import Settings
 from stages.chat import encode_completion, encode_prompt
 from stages.common import seed_for, start
-from stages.models import add_lora, contract_of, load_tokenizer, merge_lora, new_reward_model, save_model
+from stages.models import (
+    add_lora,
+    contract_of,
+    load_tokenizer,
+    merge_lora,
+    new_reward_model,
+    save_model,
+)
 from stages.reward_training import RankedRows, encode_rankings, measure, train_reward_model
 from stages.rollout import score_all
 
@@ -72,7 +79,8 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     mean, std = float(scores.mean()), float(scores.std(unbiased=False))
     if not std > 0:
         raise StageError(
-            "reward: the model gives every response the same score", "Look at reward.lr and the data."
+            "reward: the model gives every response the same score",
+            "Look at reward.lr and the data.",
         )
     quality = measure(model, heldout, pad_id, accelerator.device, seed)
     train_accuracy = measure(model, train, pad_id, accelerator.device, seed)["accuracy"]

@@ -127,7 +127,9 @@ def train_reward_model(
         lr = settings.lr * warmup_cosine(step, steps, settings.warmup_fraction)
         set_lr(optimizer, lr)
         torch.manual_seed(seed + step * 1009 + out.rank)  # dropout
-        row = _step(wrapped, model, optimizer, [rankings[i] for i in order], settings, accelerator, pad_id)
+        row = _step(
+            wrapped, model, optimizer, [rankings[i] for i in order], settings, accelerator, pad_id
+        )
         check_finite(step + 1, "reward", **row)
         row["lr"] = lr
         if (step + 1) % settings.eval_every_steps == 0 or step + 1 == steps:

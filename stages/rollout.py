@@ -36,8 +36,8 @@ class Sequences(NamedTuple):
     def predict_BR(self) -> Tensor:
         """Position in T whose output predicts response token r; clamped where not valid."""
         R = int(self.response_tokens_B.max())
-        spots_BR = self.prompt_tokens_B.unsqueeze(-1) - 1 + torch.arange(
-            R, device=self.tokens_BT.device
+        spots_BR = (
+            self.prompt_tokens_B.unsqueeze(-1) - 1 + torch.arange(R, device=self.tokens_BT.device)
         )
         return spots_BR.clamp(max=self.tokens_BT.shape[1] - 1)
 

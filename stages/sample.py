@@ -116,9 +116,7 @@ def _sample(
         top_p=settings.sample.top_p,
         rows_at_once=settings.sample.rows_per_rank,
     )
-    return [
-        _group(p, generated[i * K : (i + 1) * K], tokenizer) for i, p in enumerate(prompts)
-    ]
+    return [_group(p, generated[i * K : (i + 1) * K], tokenizer) for i, p in enumerate(prompts)]
 
 
 def _group(
