@@ -1,12 +1,14 @@
 """The field's row layouts, read as conversations.
 
 Known: TRL prompt/completion (text or messages), `messages` (content a text or typed parts),
-ShareGPT `conversations`, alpaca `instruction/input/output`, `question/answer`, self-instruct
-`instances`. A row that cannot be read raises `Unusable` with a short reason; the caller counts it.
+ShareGPT `conversations`, alpaca `instruction/input/output`, `question/answer` (with `context`),
+self-instruct `instances`; for prompts also `turns`, `chosen` of hh-rlhf, and columns named prompt,
+query, text or input. A row that cannot be read raises `Unusable` with a short reason; the caller counts it.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pipeline.records import Message
@@ -21,7 +23,8 @@ _ROLES = {
     "bot": "assistant",
     "system": "system",
 }
-_PROMPT_COLUMNS = ("prompt", "instruction", "question", "query", "text", "input")
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+_PROMPT_COLUMNS = ("prompt", "query", "text", "input")
 
 
 class Unusable(ValueError):
@@ -80,19 +83,41 @@ def prompt_messages(row: Any) -> list[Message]:
     for column in ("messages", "conversations", "chosen_messages"):
         if column in row:
             return up_to_user(conversation(row[column]))
+    if isinstance(row.get("chosen"), str) and "\n\nHuman:" in row["chosen"]:
+        return up_to_user(hh_turns(row["chosen"]))
     if isinstance(row.get("prompt"), list):
         return up_to_user(conversation(row["prompt"]))
+    if isinstance(row.get("prompt"), dict):
+        # one turn with its metadata: the root of an OASST tree
+        prompt = row["prompt"].get("text", row["prompt"].get("content"))
+        return [{"role": "user", "content": clean_text(prompt, "the prompt")}]
     if isinstance(row.get("turns"), list) and row["turns"]:
         # later turns refer to answers that do not exist yet
         return [{"role": "user", "content": clean_text(row["turns"][0], "the prompt")}]
-    if row.get("role") in ("assistant", "gpt", "model", "bot"):
-        raise Unusable("the row is an answer, not a prompt")
+    role = row.get("role")
+    if isinstance(role, str) and _ROLES.get(role.lower(), "user") != "user":
+        raise Unusable(f"the row is a turn of role {role[:30]!r}, not a prompt")
     if "instruction" in row:
         return [{"role": "user", "content": _instruction(row, row.get("input"))}]
+    if "question" in row:
+        return [{"role": "user", "content": _question(row)}]
     for column in _PROMPT_COLUMNS:
         if column in row:
             return [{"role": "user", "content": clean_text(row[column], "the prompt")}]
     raise Unusable("no column with a prompt")
+
+
+def hh_turns(text: str) -> list[Message]:
+    """The turns of an hh-rlhf text: `\\n\\nHuman: ...\\n\\nAssistant: ...`."""
+    before, *parts = _HH_TURN.split(text)
+    if before.strip():
+        raise Unusable("text before the first turn")
+    turns = [(role, content.strip()) for role, content in zip(parts[::2], parts[1::2], strict=True)]
+    if turns[-1][1] == "":
+        # what is asked for is the answer to the turns before it
+        turns = turns[:-1]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[role], "content": clean_text(text, "a turn")} for role, text in turns]
 
 
 def up_to_user(messages: list[Message]) -> list[Message]:
@@ -110,15 +135,27 @@ def _instruction(row: dict[str, Any], extra: Any) -> str:
     return instruction
 
 
+def _question(row: dict[str, Any]) -> str:
+    """A question, after the passage that it is about where there is one (SQuAD, BBQ)."""
+    question = clean_text(row["question"], "the question")
+    context = row.get("context")
+    return f"{context}\n\n{question}" if isinstance(context, str) and context.strip() else question
+
+
 def demonstrations(row: Any) -> list[list[Message]]:
     """Conversations that end with an assistant turn; a row may hold several (self-instruct).
 
     Raises:
-        Unusable: no demonstration, an empty one, an unknown role, a slot such as `{{name}}`.
+        Unusable: no demonstration, an empty one, an unknown role, a slot such as `{{name}}`, an
+            answer that a KTO-style `label: false` calls bad.
     """
     if not isinstance(row, dict):
         raise Unusable("the row is not an object")
+    if row.get("label") is False:
+        raise Unusable("the answer is labelled as a bad one")
     found = _raw_demonstrations(row)
+    if not found:
+        raise Unusable("the list of instances is empty")
     for messages in found:
         if messages[-1]["role"] != "assistant":
             raise Unusable("the conversation does not end with an assistant turn")
@@ -145,7 +182,7 @@ def _raw_demonstrations(row: dict[str, Any]) -> list[list[Message]]:
         answer = row.get("output", row.get("response"))
         return [_joined(_instruction(row, row.get("input")), answer)]
     if "question" in row and "answer" in row:
-        return [_joined(row["question"], row["answer"])]
+        return [_joined(_question(row), row["answer"])]
     raise Unusable("no known layout of prompt and answer")
 
 

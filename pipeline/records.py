@@ -158,6 +158,8 @@ class Tally:
     """Counts rows that cannot be used, by reason, so that nothing is dropped in silence."""
 
     used: int = 0
+    merged: int = 0
+    """Rows that repeat an earlier one; they are neither bad nor new."""
     reasons: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
 
@@ -178,7 +180,7 @@ class Tally:
         Raises:
             DataError: names the reasons, how often each occurred and the first place.
         """
-        total = self.used + self.dropped
+        total = self.used + self.merged + self.dropped
         reasons = "; ".join(
             f"{count} x {reason} (first: {self.first[reason]})"
             for reason, count in self.reasons.most_common()
@@ -192,31 +194,51 @@ class Tally:
             )
 
     def summary(self) -> str:
-        if not self.reasons:
-            return f"{self.used} rows"
-        reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
-        return f"{self.used} rows used, {self.dropped} left out ({reasons})"
+        text = f"{self.used} rows"
+        if self.merged:
+            text += f" ({self.merged} repeats merged)"
+        if self.reasons:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
+            text += f" used, {self.dropped} left out ({reasons})"
+        return text
 
 
 # ---- rows ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class UnknownFile:
+    """Stands for a file whose suffix says nothing about how to read it."""
+
+    suffix: str
+
+
+def _hidden(name: str) -> bool:
+    """Whether a file is the system's own (`.git`, `__MACOSX`), not the user's data."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """(`file:line`, value) for each row of a file, or of every known file in a folder.
 
     A value is a dict for files with columns, a str for text. A .txt file is one text; a .zip is
-    read as the files in it.
+    read as the files in it. A file of unknown kind in a folder or a .zip is an `UnknownFile`, so
+    that the caller counts it and nothing is passed over in silence.
 
     Raises:
         DataError: missing, unknown suffix, or text that does not parse (names file and line).
     """
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in ROW_SUFFIXES)
-        if not files:
+        names = [(p, p.relative_to(path).as_posix()) for p in sorted(path.rglob("*"))]
+        files = [p for p, name in names if p.is_file() and not _hidden(name)]
+        if not any(p.suffix.lower() in ROW_SUFFIXES for p in files):
             known = ", ".join(ROW_SUFFIXES)
             raise DataError(f"{path}: no data file in this folder (looked for {known})")
         for file in files:
-            yield from read_rows(file)
+            if file.suffix.lower() in ROW_SUFFIXES:
+                yield from read_rows(file)
+            else:
+                yield str(file), UnknownFile(file.suffix)
         return
     try:
         if path.suffix.lower() == ".parquet":
@@ -226,7 +248,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
         else:
             yield from _text_rows(str(path), path.suffix.lower(), path.read_bytes())
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        # pyarrow raises OSError without an errno for a torn file
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def _text_rows(name: str, suffix: str, raw: bytes) -> Iterator[tuple[str, Any]]:
@@ -267,6 +290,9 @@ def _json(text: str, name: str, first_line: int) -> Any:
         raise DataError(f"{name}:{line}: not valid JSON ({error.msg})") from None
     except RecursionError:
         raise DataError(f"{name}:{first_line}: JSON is nested too deeply") from None
+    except ValueError as error:
+        # a number of thousands of digits
+        raise DataError(f"{name}:{first_line}: not valid JSON ({error})") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -289,9 +315,13 @@ def _zip_rows(path: Path) -> Iterator[tuple[str, Any]]:
         with zipfile.ZipFile(path) as archive:
             for name in sorted(archive.namelist()):
                 suffix = Path(name).suffix.lower()
-                if suffix in (".txt", ".jsonl", ".json", ".csv"):
+                if name.endswith("/") or _hidden(name):
+                    continue
+                if suffix in (".txt", ".md", ".jsonl", ".json", ".csv"):
                     yield from _text_rows(f"{path}/{name}", suffix, archive.read(name))
-    except zipfile.BadZipFile as error:
+                else:
+                    yield f"{path}/{name}", UnknownFile(suffix)
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
         raise DataError(f"{path}: not a readable zip file ({error})") from None
 
 
