@@ -202,6 +202,36 @@ def skip(store: Store, user_id: int, token: str, reason: str, now: float | None 
         return Saved(state, "Skipped.")
 
 
+def my_progress(store: Store, user_id: int, now: float | None = None) -> tuple[int, int, bool]:
+    """(done, left, busy) for one person: prompts they finished and prompts they may still get.
+
+    busy: nothing may be left for them now, but leases of others may end without a ranking.
+    """
+    now = time.time() if now is None else now
+    own = sa.select(assignments.c.id).where(
+        assignments.c.task_id == tasks.c.id, assignments.c.user_id == user_id
+    )
+    working = own.where(assignments.c.state == "leased", assignments.c.expires > now)
+    free = sa.and_(
+        queues.c.overlap > _filled(now), ~own.where(assignments.c.state != "leased").exists()
+    )
+    unfinished = sa.and_(
+        queues.c.overlap > _filled(float("inf")),
+        ~own.where(assignments.c.state != "leased").exists(),
+    )
+    open_tasks = _open_tasks().with_only_columns(sa.func.count())
+    with store.read() as tx:
+        done = tx.execute(
+            sa.select(sa.func.count())
+            .select_from(assignments.join(tasks).join(queues, queues.c.step == tasks.c.step))
+            .where(queues.c.open, tasks.c.active, assignments.c.user_id == user_id)
+            .where(assignments.c.state.in_(("ranked", "late")))
+        ).scalar_one()
+        left = tx.execute(open_tasks.where(free | working.exists())).scalar_one()
+        busy = tx.execute(open_tasks.where(unfinished)).scalar_one() > 0
+    return int(done), int(left), busy
+
+
 # ---- the queue -----------------------------------------------------------------------------
 
 

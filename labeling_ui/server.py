@@ -1,0 +1,242 @@
+"""The ranking app behind a login of ours.
+
+    python -m labeling_ui.server RUN [--host 127.0.0.1] [--port 7860] [--public-url URL]
+
+FastAPI owns /login, /logout and /healthz; the Gradio page is mounted at /ui. A login is a signed
+cookie and survives a restart (Gradio's own logins do not). There is no account to begin with:
+without one, the server says how to make it and ends with exit 2.
+"""
+
+# ruff: noqa: T201 - a command: it says where it listens
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Row
+
+from labeling_ui import accounts, guard
+from labeling_ui.assignments import Refused
+from labeling_ui.login_page import login_page
+from labeling_ui.progress import progress, write_progress
+from labeling_ui.store import Store, log_event, open_run_store, queues, users
+from pipeline.errors import EXIT_DONE, ConfigError, ToolkitError
+
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+
+
+def create_app(store: Store, run_dir: Path, names: Sequence[str] = LOCAL_NAMES) -> Any:
+    """The whole server as an ASGI app."""
+    import fastapi
+    import gradio
+    from fastapi.responses import HTMLResponse, RedirectResponse
+
+    from labeling_ui import app as page
+
+    # module-level names for FastAPI's annotations are not needed: routes take the bare request
+    secret = store.secret("sessions")
+
+    def user_of(cookie_header: str) -> Row[Any] | None:
+        """Whose login this is: signed by us, not expired, not ended, account still active."""
+        signed = guard.read(secret, guard.cookie_in(cookie_header))
+        if signed is None:
+            return None
+        with store.read() as tx:
+            found = tx.execute(sa.select(users).where(users.c.id == signed[0])).first()
+        fits = found is not None and found.active and found.session == signed[1]
+        return found if fits else None
+
+    def gradio_user(request: fastapi.Request) -> str | None:
+        found = user_of(request.headers.get("cookie", ""))
+        return found.name if found else None
+
+    server = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    async def start(request: fastapi.Request) -> Any:
+        return RedirectResponse("/ui/" if gradio_user(request) else "/login", 303)
+
+    async def health(request: fastapi.Request) -> Any:
+        return fastapi.Response("ok\n", media_type="text/plain")
+
+    async def show_login(request: fastapi.Request) -> Any:
+        return HTMLResponse(login_page(), headers={"content-security-policy": guard.LOGIN_CSP})
+
+    async def log_in(request: fastapi.Request) -> Any:
+        form = parse_qs((await request.body()).decode("utf-8", "replace"))
+        name, password = form.get("name", [""])[0], form.get("password", [""])[0]
+        address = request.client.host if request.client else "unknown"
+        # scrypt takes a quarter of a second: on the event loop it would stop everybody
+        found = await asyncio.to_thread(accounts.check_login, store, name, password, address)
+        if found is None:
+            closed = accounts.seconds_closed(store, name, address)
+            said = (
+                f"Too many failed logins. Try again in {int(closed // 60) + 1} minutes."
+                if closed > 0
+                else "Name and password do not fit."
+            )
+            return HTMLResponse(
+                login_page(said),
+                status_code=429 if closed > 0 else 401,
+                headers={"content-security-policy": guard.LOGIN_CSP},
+            )
+        answer = RedirectResponse("/ui/", 303)
+        answer.set_cookie(
+            guard.COOKIE,
+            guard.sign(secret, found.id, found.session),
+            max_age=guard.SESSION_SECONDS,
+            httponly=True,
+            samesite="lax",
+            secure=request.url.scheme == "https",
+        )
+        return answer
+
+    async def log_out(request: fastapi.Request) -> Any:
+        found = user_of(request.headers.get("cookie", ""))
+        if found is not None:
+            with store.write() as tx:
+                # ends the login on the server, too: a copied cookie is worth nothing afterwards
+                update = sa.update(users).where(users.c.id == found.id)
+                tx.execute(update.values(session=users.c.session + 1))
+                log_event(tx, "logout", found.id)
+        answer = RedirectResponse("/login", 303)
+        answer.delete_cookie(guard.COOKIE)
+        return answer
+
+    for path, method, handler in (
+        ("/", "GET", start),
+        ("/healthz", "GET", health),
+        ("/login", "GET", show_login),
+        ("/login", "POST", log_in),
+        ("/logout", "POST", log_out),
+    ):
+        server.add_route(path, handler, methods=[method])
+    handlers = page.Handlers(store, _user_id(store), lambda: _tell_progress(store, run_dir))
+    # system fonts: Gradio's themes would ask a font server
+    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    gradio.mount_gradio_app(
+        server,
+        page.build(handlers),
+        path="/ui",
+        auth_dependency=gradio_user,
+        allowed_paths=[],
+        blocked_paths=[str(run_dir.resolve())],
+        max_file_size="1kb",
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        show_error=False,
+        ssr_mode=False,
+        theme=theme,
+        css=page.CSS,
+        head=page.HEAD,
+    )
+    server.add_middleware(
+        guard.Guard, names=names, has_session=lambda cookie: user_of(cookie) is not None
+    )
+    return server
+
+
+def _user_id(store: Store) -> Any:
+    def user_id(name: str) -> int:
+        with store.read() as tx:
+            found = accounts.find_user(tx, name)
+        if found is None or not found.active:
+            raise Refused("This account is not active. Log in again, or ask the lead.")
+        return int(found.id)
+
+    return user_id
+
+
+def _tell_progress(store: Store, run_dir: Path) -> None:
+    with store.read() as tx:
+        wanted = sa.select(queues.c.step).where(queues.c.open, queues.c.by == "people")
+        steps = tx.execute(wanted).scalars().all()
+    for step in steps:
+        write_progress(run_dir, step, *progress(store, step))
+
+
+def names_of(host: str, public_url: str | None) -> list[str]:
+    """Host names under which browsers may reach this server."""
+    names = [*LOCAL_NAMES]
+    if host not in LOCAL_NAMES:
+        names += [host, socket.gethostname(), socket.getfqdn()]
+    if public_url:
+        name = urlsplit(public_url).hostname
+        if not name:
+            raise ConfigError(
+                f"--public-url {public_url}: not a URL", "Example: https://rank.example.org"
+            )
+        names.append(name)
+    return names
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="prefline rank", description="The ranking app.")
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--public-url", help="address that browsers use, behind a proxy with TLS")
+    given = parser.parse_args(arguments)
+    try:
+        return _serve(given)
+    except ToolkitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _serve(given: argparse.Namespace) -> int:
+    run_dir = given.run.resolve()
+    store = open_run_store(run_dir)
+    if not any(user.active for user in accounts.list_users(store)):
+        raise ConfigError(
+            "nobody can log in: there is no account yet",
+            f"Make one with: prefline users {given.run} add NAME",
+        )
+    _check_port(given.host, given.port)
+    # before Gradio is imported: it asks and reports over the network otherwise
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    app = create_app(store, run_dir, names_of(given.host, given.public_url))
+    import uvicorn
+
+    if given.host not in LOCAL_NAMES and not given.public_url:
+        print(
+            f"warning: {given.host} is open to the network and this server speaks plain HTTP."
+            " Put a proxy with TLS in front of it and give --public-url https://...",
+            file=sys.stderr,
+        )
+    # Gradio serves files that lie in the working and the temporary folder: there are none here
+    empty = tempfile.mkdtemp(prefix="prefline-app-")
+    os.environ["GRADIO_TEMP_DIR"] = empty
+    os.chdir(empty)
+    shown = f"[{given.host}]" if ":" in given.host else given.host
+    print(f"Ranking app: {given.public_url or f'http://{shown}:{given.port}'}", file=sys.stderr)
+    uvicorn.run(app, host=given.host, port=given.port, log_level="warning", server_header=False)
+    return EXIT_DONE
+
+
+def _check_port(host: str, port: int) -> None:
+    """Refuse a port that is taken before seconds go into starting."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise ConfigError(
+                f"cannot listen on {host}:{port} ({reason})", "Try another --port."
+            ) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
