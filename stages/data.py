@@ -34,7 +34,7 @@ _DEMO_SEED = 0
 _DEMO_STORIES = 20_000
 _DEMO_DEMONSTRATIONS = 2_000
 _DOCUMENT_CHARACTERS = 2_000
-_LONGEST_DOCUMENT = 100_000
+_LONGEST_DOCUMENT = 1_000_000
 
 # ---- rows ----------------------------------------------------------------------------------
 
@@ -119,11 +119,6 @@ def _texts(
                 yield story
             continue
         _refuse_demo(source, "demo:stories")
-        one_file = kind(source) == "path" and Path(source).expanduser().suffix in (
-            ".txt",
-            ".md",
-            "",
-        )
         for where, row in rows_of(source):
             whole = isinstance(row, str) and _is_text_file(source)
             pieces = split_text(row) if whole else [row]
