@@ -197,6 +197,10 @@ def verdict(evaluate: StepView | None, comparisons: list[Row], several: bool = F
                 "The interval includes 50\u202f%: this may be chance.",
             )
     counts = Counter(str(row.get("winner")) for row in comparisons)
+    if comparisons and counts["tie"] == len(comparisons):
+        meaning = "Every comparison was a tie: the judge saw no difference at all."
+    if evaluate.state != "done":
+        tone, meaning = "open", f"{meaning} But this result is not current ({evaluate.state_text})."
     return {
         "word": word,
         "tone": tone,

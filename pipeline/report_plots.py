@@ -52,6 +52,8 @@ def number(value: Any, digits: int = 3) -> str | None:
     value = finite(value)
     if value is None:
         return None
+    if 0 < abs(value) < 1e-6:
+        return "\u2248\u202f0"
     if value and (abs(value) >= 1e7 or abs(value) < 1e-4):
         return f"{value:.{digits - 1}e}".replace("-", "\u2212")
     places = 0 if value == int(value) else max(0, digits - 1 - math.floor(math.log10(abs(value))))
@@ -227,7 +229,9 @@ def histogram(
     everything = sorted(v for _, group in present.values() for v in group)
     # the outer 1 % goes into the end bins: one outlier would squeeze everything else into a corner
     low, high = everything[len(everything) // 100], everything[-1 - len(everything) // 100]
-    width = (high - low) / bins or 1.0
+    if low == high:
+        return None
+    width = (high - low) / bins
     series = []
     for i, (name, (colour, group)) in enumerate(present.items()):
         counts = [0] * bins

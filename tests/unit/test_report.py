@@ -105,6 +105,7 @@ def test_a_changed_setting_is_shown_as_stale_with_its_reason(tmp_path):
     config.write_text(re.sub(r"(epochs): 2\b", r"\1: 3", config.read_text()))
     page = write_report(run).read_text()
     assert "reward (stale: reward.epochs 2 -&gt; 3)" in page
+    assert "But this result is not current (stale: reward.epochs 2 -&gt; 3)." in page
     assert "78.3\u202f%" in page
 
 
