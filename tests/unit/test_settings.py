@@ -1,0 +1,53 @@
+"""The settings tree as a whole."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from pipeline.config import field_paths, load_settings
+from pipeline.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_every_field_has_a_sentence():
+    lacking = [
+        key
+        for key, field in field_paths(Settings).items()
+        if not (field.description or "").strip().endswith(".")
+    ]
+    assert lacking == []
+
+
+def test_every_section_has_a_sentence():
+    assert all(field.description for field in Settings.model_fields.values())
+
+
+def test_settings_cannot_be_changed_after_reading():
+    settings = Settings.model_validate({"pretrain": {"data": "demo:stories"}})
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.run.seed = 1
+
+
+def test_settings_survive_the_way_through_json():
+    settings = load_settings(Settings, ROOT / "configs" / "demo.yaml")
+    assert Settings.model_validate(settings.model_dump(mode="json")) == settings
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_configuration_that_comes_with_prefline_is_valid(path):
+    load_settings(Settings, path)
+
+
+def test_a_single_source_may_be_written_without_a_list():
+    one = Settings.model_validate({"pretrain": {"data": "a.txt"}})
+    two = Settings.model_validate({"pretrain": {"data": ["a.txt"]}})
+    assert one == two
+
+
+def test_batches_that_do_not_divide_are_refused():
+    with pytest.raises(ValidationError, match="minibatch_rows 7 does not divide"):
+        Settings.model_validate(
+            {"pretrain": {"data": "a"}, "ppo": {"minibatch_rows": 7, "prompts_per_step": 64}}
+        )
