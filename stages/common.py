@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
+from transformers.utils.logging import disable_progress_bar
 
 from pipeline import worker
 from pipeline.errors import ConfigError, StageError, Stopped
@@ -28,6 +29,8 @@ def start(settings: Settings, out: Out) -> Accelerator:
         StageError: the number of processes differs from the launcher's (accelerate can start one
             process where two were asked for, without a word).
     """
+    # bars of libraries, for work of milliseconds, between our own lines
+    disable_progress_bar()
     # a child runs several stages; TRL's trainers leave their own state behind
     AcceleratorState._reset_state()
     accelerator = Accelerator(
