@@ -149,9 +149,7 @@ def _bring_up_to_date(
     return _published(inspector, state, states)
 
 
-def _published(
-    inspector: Inspector, before: StepState, states: dict[str, StepState]
-) -> StepState:
+def _published(inspector: Inspector, before: StepState, states: dict[str, StepState]) -> StepState:
     """The state of a step whose child has just said that it is done."""
     assert before.fingerprint is not None
     work = inspector.run.step_dir(before.step.name, before.fingerprint)

@@ -1,0 +1,71 @@
+"""From settings to steps: a pipeline may start anywhere."""
+
+import pytest
+
+from pipeline.plan import plan
+from pipeline.settings import Settings
+
+
+def steps(**tree):
+    return {step.name: step for step in plan(Settings.model_validate(tree))}
+
+
+PRETRAIN = {"data": "demo:stories"}
+SFT = {"data": "demo:demonstrations"}
+SAMPLE = {"prompts": "demo:prompts"}
+
+
+def test_from_text_every_stage_runs():
+    found = steps(pretrain=PRETRAIN, sft=SFT, sample=SAMPLE)
+    names = ["tokenizer", "pretrain", "sft", "sample", "rank", "reward", "ppo", "evaluate"]
+    assert list(found) == names
+    assert found["ppo"].inputs == {
+        "model": "sft",
+        "reference": "sft",
+        "reward_model": "reward",
+        "prompts": "sample",
+    }
+    assert found["evaluate"].inputs["base"] == "pretrain"
+
+
+def test_from_a_model_nothing_is_pretrained():
+    found = steps(model={"base": "owner/name"}, sft=SFT, sample=SAMPLE)
+    assert list(found) == ["sft", "sample", "rank", "reward", "ppo", "evaluate"]
+    assert found["sft"].sources["model"] == ("owner/name",)
+    assert found["evaluate"].sources["base"] == ("owner/name",)
+
+
+def test_a_model_that_is_trained_on_needs_no_tokenizer():
+    found = steps(model={"base": "owner/name"}, pretrain=PRETRAIN)
+    assert list(found) == ["pretrain"]
+    assert found["pretrain"].sources["base"] == ("owner/name",)
+
+
+def test_imported_rankings_need_no_sampling():
+    found = steps(model={"base": "owner/name"}, rank={"data": "rankings.jsonl"})
+    assert list(found) == ["rank", "reward", "ppo", "evaluate"]
+    assert found["rank"].inputs == {}
+    assert found["ppo"].inputs["prompts"] == "rank"
+
+
+def test_text_alone_gives_a_language_model():
+    assert list(steps(pretrain=PRETRAIN)) == ["tokenizer", "pretrain"]
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+def test_every_step_comes_after_what_it_reads_and_names_are_unique(rounds):
+    tree = {"pretrain": PRETRAIN, "sft": SFT, "sample": SAMPLE, "run": {"rounds": rounds}}
+    seen: set[str] = set()
+    for step in plan(Settings.model_validate(tree)):
+        assert set(step.inputs.values()) <= seen
+        assert not set(step.inputs) & set(step.sources)
+        assert step.name not in seen
+        seen.add(step.name)
+    assert len(seen) == 3 + 5 * rounds
+
+
+def test_labels_of_the_rounds_add_up():
+    found = steps(pretrain=PRETRAIN, sft=SFT, sample=SAMPLE, run={"rounds": 2})
+    assert found["rank-2"].inputs == {"samples": "sample-2", "rankings": "rank"}
+    assert found["sample-2"].inputs == {"model": "ppo"}
+    assert found["ppo-2"].inputs["reference"] == "sft"
