@@ -40,9 +40,7 @@ def write_config(folder: Path) -> Path:
     (folder / "text.txt").write_text("Once upon a time.")
     (folder / "sft.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     config = folder / "fake.yaml"
-    text = CONFIG.format(
-        run_dir=folder / "run", text=folder / "text.txt", sft=folder / "sft.jsonl"
-    )
+    text = CONFIG.format(run_dir=folder / "run", text=folder / "text.txt", sft=folder / "sft.jsonl")
     config.write_text(text)
     return config
 
