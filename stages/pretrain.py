@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -172,7 +173,7 @@ def _train(
     model.train()
     clock = time.perf_counter()
     for step in range(begin, own.steps):
-        stop_if_asked(accelerator, out, lambda step=step: save(step))
+        stop_if_asked(accelerator, out, partial(save, step))
         lr = own.lr * warmup_cosine(step, own.steps, own.warmup_fraction, own.min_lr_ratio)
         set_lr(optimizer, lr)
         row = _step(

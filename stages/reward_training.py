@@ -5,7 +5,9 @@ Shapes: N rankings, K responses of one prompt, B rows (all responses of a batch 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -116,7 +118,7 @@ def train_reward_model(
 
     model.train()
     for step in range(begin, steps):
-        stop_if_asked(accelerator, out, lambda step=step: save(step))
+        stop_if_asked(accelerator, out, partial(save, step))
         epoch, batch = divmod(step, steps_per_epoch)
         at = batch * settings.prompts_per_step
         # the last step of an epoch takes what is left of it
@@ -181,10 +183,10 @@ def _step(
     return {"loss": loss, "accuracy": correct / max(1.0, pairs), "grad_norm": grad_norm}
 
 
-def _sync(wrapped: nn.Module, accelerator: Accelerator, last: bool):  # type: ignore[no-untyped-def]
+def _sync(
+    wrapped: nn.Module, accelerator: Accelerator, last: bool
+) -> contextlib.AbstractContextManager[None]:
     """Exchange gradients with the other ranks in the last micro-batch only."""
-    import contextlib
-
     return contextlib.nullcontext() if last else accelerator.no_sync(wrapped)
 
 
