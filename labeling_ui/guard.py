@@ -124,6 +124,8 @@ class Guard:
                     (key.encode(), value.encode())
                     for key, value in HEADERS.items()
                     if key.encode() not in there
+                    # scripts of Gradio have their version in their name
+                    and not (key == "cache-control" and "/assets/" in scope["path"])
                 ]
             await send(message)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import html
 import os
 import socket
 import sys
@@ -22,11 +23,12 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import sqlalchemy as sa
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import HTMLResponse, RedirectResponse
 from sqlalchemy.engine import Row
 
 from labeling_ui import accounts, guard
 from labeling_ui.assignments import Refused
-from labeling_ui.login_page import login_page
 from labeling_ui.progress import progress, write_progress
 from labeling_ui.store import Store, log_event, open_run_store, queues, users
 from pipeline.errors import EXIT_DONE, ConfigError, ToolkitError
@@ -34,64 +36,58 @@ from pipeline.errors import EXIT_DONE, ConfigError, ToolkitError
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
-def create_app(store: Store, run_dir: Path, names: Sequence[str] = LOCAL_NAMES) -> Any:
-    """The whole server as an ASGI app."""
-    import fastapi
-    import gradio
-    from fastapi.responses import HTMLResponse, RedirectResponse
+class Logins:
+    """Who is behind a request; and the pages to log in and out."""
 
-    from labeling_ui import app as page
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.secret = store.secret("sessions")
+        self.page = (Path(__file__).parent / "assets" / "login.html").read_text(encoding="utf-8")
 
-    # module-level names for FastAPI's annotations are not needed: routes take the bare request
-    secret = store.secret("sessions")
-
-    def user_of(cookie_header: str) -> Row[Any] | None:
+    def user_of(self, cookie_header: str) -> Row[Any] | None:
         """Whose login this is: signed by us, not expired, not ended, account still active."""
-        signed = guard.read(secret, guard.cookie_in(cookie_header))
+        signed = guard.read(self.secret, guard.cookie_in(cookie_header))
         if signed is None:
             return None
-        with store.read() as tx:
+        with self.store.read() as tx:
             found = tx.execute(sa.select(users).where(users.c.id == signed[0])).first()
         fits = found is not None and found.active and found.session == signed[1]
         return found if fits else None
 
-    def gradio_user(request: fastapi.Request) -> str | None:
-        found = user_of(request.headers.get("cookie", ""))
+    def name_of(self, request: Request) -> str | None:
+        found = self.user_of(request.headers.get("cookie", ""))
         return found.name if found else None
 
-    server = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    def user_id(self, name: str) -> int:
+        """For the handlers of the page, which look their user up each time."""
+        with self.store.read() as tx:
+            found = accounts.find_user(tx, name)
+        if found is None or not found.active:
+            raise Refused("This account is not active. Log in again, or ask the lead.")
+        return int(found.id)
 
-    async def start(request: fastapi.Request) -> Any:
-        return RedirectResponse("/ui/" if gradio_user(request) else "/login", 303)
+    async def start(self, request: Request) -> Response:
+        return RedirectResponse("/ui/" if self.name_of(request) else "/login", 303)
 
-    async def health(request: fastapi.Request) -> Any:
-        return fastapi.Response("ok\n", media_type="text/plain")
+    async def show(self, _request: Request) -> Response:
+        return self._form("", 200)
 
-    async def show_login(request: fastapi.Request) -> Any:
-        return HTMLResponse(login_page(), headers={"content-security-policy": guard.LOGIN_CSP})
-
-    async def log_in(request: fastapi.Request) -> Any:
+    async def log_in(self, request: Request) -> Response:
         form = parse_qs((await request.body()).decode("utf-8", "replace"))
         name, password = form.get("name", [""])[0], form.get("password", [""])[0]
         address = request.client.host if request.client else "unknown"
         # scrypt takes a quarter of a second: on the event loop it would stop everybody
-        found = await asyncio.to_thread(accounts.check_login, store, name, password, address)
+        found = await asyncio.to_thread(accounts.check_login, self.store, name, password, address)
         if found is None:
-            closed = accounts.seconds_closed(store, name, address)
-            said = (
-                f"Too many failed logins. Try again in {int(closed // 60) + 1} minutes."
-                if closed > 0
-                else "Name and password do not fit."
-            )
-            return HTMLResponse(
-                login_page(said),
-                status_code=429 if closed > 0 else 401,
-                headers={"content-security-policy": guard.LOGIN_CSP},
-            )
+            closed = accounts.seconds_closed(self.store, name, address)
+            if closed > 0:
+                minutes = int(closed // 60) + 1
+                return self._form(f"Too many failed logins. Try again in {minutes} minutes.", 429)
+            return self._form("Name and password do not fit.", 401)
         answer = RedirectResponse("/ui/", 303)
         answer.set_cookie(
             guard.COOKIE,
-            guard.sign(secret, found.id, found.session),
+            guard.sign(self.secret, found.id, found.session),
             max_age=guard.SESSION_SECONDS,
             httponly=True,
             samesite="lax",
@@ -99,10 +95,10 @@ def create_app(store: Store, run_dir: Path, names: Sequence[str] = LOCAL_NAMES) 
         )
         return answer
 
-    async def log_out(request: fastapi.Request) -> Any:
-        found = user_of(request.headers.get("cookie", ""))
+    async def log_out(self, request: Request) -> Response:
+        found = self.user_of(request.headers.get("cookie", ""))
         if found is not None:
-            with store.write() as tx:
+            with self.store.write() as tx:
                 # ends the login on the server, too: a copied cookie is worth nothing afterwards
                 update = sa.update(users).where(users.c.id == found.id)
                 tx.execute(update.values(session=users.c.session + 1))
@@ -111,22 +107,39 @@ def create_app(store: Store, run_dir: Path, names: Sequence[str] = LOCAL_NAMES) 
         answer.delete_cookie(guard.COOKIE)
         return answer
 
+    def _form(self, said: str, status: int) -> Response:
+        message = f'<p class="bad" role="alert">{html.escape(said)}</p>' if said else ""
+        page = self.page.replace("<!-- said -->", message)
+        return HTMLResponse(page, status, {"content-security-policy": guard.LOGIN_CSP})
+
+
+async def _health(_request: Request) -> Response:
+    return Response("ok\n", media_type="text/plain")
+
+
+def create_app(store: Store, run_dir: Path, names: Sequence[str] = LOCAL_NAMES) -> FastAPI:
+    """The whole server as an ASGI app."""
+    # seconds to import: errors of the command line must not wait for it
+    import gradio
+
+    from labeling_ui import app as page
+
+    logins = Logins(store)
+    server = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     for path, method, handler in (
-        ("/", "GET", start),
-        ("/healthz", "GET", health),
-        ("/login", "GET", show_login),
-        ("/login", "POST", log_in),
-        ("/logout", "POST", log_out),
+        ("/", "GET", logins.start),
+        ("/healthz", "GET", _health),
+        ("/login", "GET", logins.show),
+        ("/login", "POST", logins.log_in),
+        ("/logout", "POST", logins.log_out),
     ):
         server.add_route(path, handler, methods=[method])
-    handlers = page.Handlers(store, _user_id(store), lambda: _tell_progress(store, run_dir))
-    # system fonts: Gradio's themes would ask a font server
-    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    handlers = page.Handlers(store, logins.user_id, lambda: _tell_progress(store, run_dir))
     gradio.mount_gradio_app(
         server,
         page.build(handlers),
         path="/ui",
-        auth_dependency=gradio_user,
+        auth_dependency=logins.name_of,
         allowed_paths=[],
         blocked_paths=[str(run_dir.resolve())],
         max_file_size="1kb",
@@ -135,25 +148,15 @@ def create_app(store: Store, run_dir: Path, names: Sequence[str] = LOCAL_NAMES) 
         enable_monitoring=False,
         show_error=False,
         ssr_mode=False,
-        theme=theme,
+        # system fonts: Gradio's themes would ask a font server
+        theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         css=page.CSS,
         head=page.HEAD,
     )
     server.add_middleware(
-        guard.Guard, names=names, has_session=lambda cookie: user_of(cookie) is not None
+        guard.Guard, names=names, has_session=lambda cookie: logins.user_of(cookie) is not None
     )
     return server
-
-
-def _user_id(store: Store) -> Any:
-    def user_id(name: str) -> int:
-        with store.read() as tx:
-            found = accounts.find_user(tx, name)
-        if found is None or not found.active:
-            raise Refused("This account is not active. Log in again, or ask the lead.")
-        return int(found.id)
-
-    return user_id
 
 
 def _tell_progress(store: Store, run_dir: Path) -> None:
