@@ -256,8 +256,8 @@ def _text_rows(name: str, suffix: str, raw: bytes) -> Iterator[tuple[str, Any]]:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise DataError(f"{name}:{line}: not UTF-8 text (byte {error.start})") from None
+        broken = raw[: error.start].count(b"\n") + 1
+        raise DataError(f"{name}:{broken}: not UTF-8 text (byte {error.start})") from None
     if suffix == ".jsonl":
         # not splitlines: that also cuts at U+2028, which is legal inside a JSON string
         for number, line in enumerate(text.split("\n"), 1):

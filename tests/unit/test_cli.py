@@ -13,14 +13,14 @@ from tests import fake_line
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture()
+@pytest.fixture
 def config(tmp_path, monkeypatch):
     fake_line.install(monkeypatch)
     monkeypatch.setattr("pipeline.report.write_report", lambda path: path / "report.html")
     return fake_line.write_config(tmp_path)
 
 
-@pytest.fixture()
+@pytest.fixture
 def prefline(capsys):
     def call(*arguments):
         with pytest.raises(SystemExit) as caught:

@@ -7,7 +7,7 @@ from pipeline.errors import ArtifactError, DataError
 from tests import fake_line
 
 
-@pytest.fixture()
+@pytest.fixture
 def run(tmp_path, monkeypatch):
     fake_line.install(monkeypatch)
     config = fake_line.write_config(tmp_path)

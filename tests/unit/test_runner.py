@@ -23,7 +23,7 @@ from tests import fake_line
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture()
+@pytest.fixture
 def config(tmp_path, monkeypatch):
     fake_line.install(monkeypatch)
     return fake_line.write_config(tmp_path)
@@ -304,16 +304,16 @@ def test_a_second_interrupt_ends_everything_at_once(config):
     assert not Path(f"/proc/{pid}").exists()
 
 
-@pytest.mark.slow()
-@pytest.mark.dist()
+@pytest.mark.slow
+@pytest.mark.dist
 def test_two_ranks_run_every_step_and_one_of_them_publishes(config):
     _, _, made = execute(config, "launch.processes=2", until="rank")
     sizes = {state.step.name: state.manifest.metrics["world_size"] for state in made}
     assert sizes == {"tokenizer": 2, "pretrain": 2, "sft": 2, "sample": 2, "rank": 1}
 
 
-@pytest.mark.slow()
-@pytest.mark.dist()
+@pytest.mark.slow
+@pytest.mark.dist
 def test_two_ranks_stop_together_on_a_signal(config):
     process = start(config, "launch.processes=2", FAKE_SFT="wait")
     wait_for(lambda: list((config.parent / "run" / "sft").glob("*/heartbeat.json")), 60)

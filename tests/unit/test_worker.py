@@ -17,7 +17,7 @@ from tests import fake_line
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture()
+@pytest.fixture
 def job(tmp_path, monkeypatch):
     """The first job of a line, in a file of its own."""
     fake_line.install(monkeypatch)

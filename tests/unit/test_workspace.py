@@ -11,7 +11,7 @@ from pipeline import launch, workspace
 from pipeline.errors import ArtifactError, ConfigError, LockedError
 
 
-@pytest.fixture()
+@pytest.fixture
 def config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("words")
