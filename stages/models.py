@@ -237,6 +237,9 @@ def _new(
     config = new_config(settings, tokenizer)
     try:
         model = auto.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            # some shapes that do not fit together are only found when the model is used
+            model(torch.zeros((1, 2), dtype=torch.long))
     except (ValueError, TypeError, RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"model.architecture {settings.architecture}: no {what} can be made with these settings:"

@@ -361,7 +361,7 @@ def _show(
 ) -> None:
     """Append the model's answers to held-out prompts to samples.jsonl."""
     found = generate(
-        model,  # type: ignore[arg-type]  # adapters around a PreTrainedModel behave like it
+        model,
         [encode_prompt(tokenizer, prompt) for prompt in prompts],
         [seed_for(settings.run.seed, "sft", "show", i) for i in range(len(prompts))],
         eos_id=tokenizer.eos_token_id,

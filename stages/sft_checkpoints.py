@@ -104,7 +104,7 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-class LineCallback(TrainerCallback):
+class LineCallback(TrainerCallback):  # type: ignore[misc]  # transformers does not type it
     """Our line inside the Trainer's loop: log, evaluate, save, stop.
 
     evaluate: called with the step now and then and at the end; its numbers join the step's row.

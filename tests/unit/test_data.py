@@ -114,7 +114,8 @@ def test_a_prompt_has_one_split_whatever_its_place_in_the_file(tmp_path):
     shares = {
         split: sum(p.split == split for p in forward) / 300 for split in ("test", "validation")
     }
-    assert 0.1 < shares["test"] < 0.3 and 0.03 < shares["validation"] < 0.2
+    assert 0.1 < shares["test"] < 0.3
+    assert 0.03 < shares["validation"] < 0.2
 
 
 def test_repeats_are_merged_and_the_held_out_split_wins(tmp_path):
@@ -139,7 +140,7 @@ def test_a_question_stays_in_one_split_under_every_system_turn(tmp_path):
 
 def test_a_text_file_of_prompts_has_one_on_each_line(tmp_path):
     (tmp_path / "p.txt").write_text("one\n\ntwo\n")
-    prompts, tally = read_prompts([str(tmp_path / "p.txt")], 0, 0)
+    prompts, _tally = read_prompts([str(tmp_path / "p.txt")], 0, 0)
     assert [p.text for p in prompts] == ["one", "two"]
 
 

@@ -90,7 +90,7 @@ def test_parquet_rows_come_back(tmp_path):
 
 def test_too_many_bad_rows_end_with_reasons_counts_and_the_first_place():
     tally = Tally()
-    for number in range(8):
+    for _ in range(8):
         tally.use()
     tally.drop("the prompt is empty", "f:3")
     tally.drop("the prompt is empty", "f:9")
