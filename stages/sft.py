@@ -154,14 +154,22 @@ def _examples(
             encoded.drop(error.message, f"demonstration {number}")
             continue
         if max(len(row.ids) for row in rows) > own.max_length:
-            encoded.drop(f"longer than {own.max_length} tokens", f"demonstration {number}")
+            encoded.drop(_too_long(own.max_length), f"demonstration {number}")
             continue
         encoded.use()
         kept.append((conversation, rows))
+    too_long = encoded.reasons.pop(_too_long(own.max_length), 0)
     encoded.check("sft.data", own.max_bad_fraction)
+    # length is a matter of the setting, not a fault of the data: counted, and no reason to stop
+    if too_long:
+        encoded.reasons[_too_long(own.max_length)] = too_long
     out.say(f"demonstrations: {encoded.summary()}")
     out.derived["demonstrations_dropped"] = dict(encoded.reasons)
     return _split(kept, own.heldout_fraction)
+
+
+def _too_long(max_length: int) -> str:
+    return f"longer than sft.max_length {max_length}"
 
 
 def _split(kept: list[tuple[Conversation, list[TrainingRow]]], fraction: float) -> Examples:

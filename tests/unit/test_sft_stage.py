@@ -269,7 +269,7 @@ def test_examples_that_are_too_long_are_counted_by_reason(base, tmp_path):
     rows = [*ROWS, {"prompt": "p", "completion": "long " * 60}, {"prompt": "p", "completion": ""}]
     _, out = run(make_job(tmp_path / "run", base, rows, max_steps=1))
     assert out.derived["demonstrations_dropped"] == {
-        "longer than 48 tokens": 1,
+        "longer than sft.max_length 48": 1,
         "the answer is empty": 1,
     }
 
