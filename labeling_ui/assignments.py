@@ -98,7 +98,7 @@ def claim_task(
             "leased": now,
             "expires": expires,
         }
-        tx.execute(sa.insert(assignments).values(**row))
+        tx.execute(sa.insert(assignments), row)
         log_event(tx, "claim", user_id, task)
         found = tx.execute(sa.select(assignments).where(*where)).one()
     elif found.expires <= now:
@@ -331,7 +331,7 @@ def _append(
         values["ranks"] = canonical_json(values["ranks"])
     row = {"id": ranking, "assignment_id": found.id, "revision": revision, "created": now}
     owner = {"task_id": found.task_id, "user_id": found.user_id}
-    tx.execute(sa.insert(rankings).values(**row, **owner, **values))
+    tx.execute(sa.insert(rankings), {**row, **owner, **values})
     if before is not None:
         tx.execute(
             sa.update(rankings).where(rankings.c.id == before.id).values(superseded_by=ranking)

@@ -93,6 +93,10 @@ def forget(store: Store, name: str) -> int:
                 )
             )
             log_event(tx, "forgotten", row.id, None, rankings=gone)
+    if store.is_sqlite:
+        # the log beside the file still holds the old pages until it is written back
+        with store.engine.connect() as connection:
+            connection.connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
     return gone
 
 

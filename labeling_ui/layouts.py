@@ -203,6 +203,8 @@ def _ranked(
     notes: Sequence[str] = (),
 ) -> Found:
     """Merge equal responses, close gaps between ranks."""
+    if len(set(texts)) < 2:
+        raise Unusable("fewer than 2 different responses")
     rank_of: dict[str, int] = {}
     merged = list(notes)
     for text, rank in zip(texts, ranks, strict=True):
@@ -211,8 +213,6 @@ def _ranked(
         if text in rank_of:
             merged.append("equal responses merged")
         rank_of[text] = rank
-    if len(rank_of) < 2:
-        raise Unusable("fewer than 2 different responses")
     if len(rank_of) > _MAX_RESPONSES:
         raise Unusable(f"more than {_MAX_RESPONSES} responses")
     place = {rank: i for i, rank in enumerate(sorted(set(rank_of.values())), 1)}

@@ -44,7 +44,8 @@ def noisy_ranks(
     rank, best_of_tier = 0, float("inf")
     for i in sorted(range(len(seen)), key=lambda i: -seen[i]):
         # measured from the best of the tier: a chain of near-equals must not tie best and worst
-        if rank == 0 or best_of_tier - seen[i] >= settings.tie_margin:
+        gap = best_of_tier - seen[i]
+        if gap > 0 and gap >= settings.tie_margin:
             rank, best_of_tier = rank + 1, seen[i]
         ranks[i] = rank
     return ranks

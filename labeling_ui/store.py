@@ -32,6 +32,7 @@ from pipeline.settings import Settings
 
 SCHEMA_VERSION = 1
 STORE_FILE = "labels.db"
+SECRETS = ("pseudonyms", "sessions")
 
 schema = sa.MetaData()
 
@@ -198,28 +199,36 @@ class Store:
         self.engine.dispose()
 
     def secret(self, name: str) -> bytes:
-        """A random secret that belongs to this store and survives restarts."""
-        with self.write() as tx:
-            insert_new(tx, meta, [{"key": f"secret:{name}", "value": secrets.token_hex(32)}])
+        """A random secret that belongs to this store: one of SECRETS."""
+        with self.read() as tx:
             query = sa.select(meta.c.value).where(meta.c.key == f"secret:{name}")
             return bytes.fromhex(tx.execute(query).scalar_one())
 
     def _prepare(self) -> None:
-        with self.write() as tx:
+        # only a new store is written to: opening one must not wait for those who write
+        with self.read() as tx:
             if sa.inspect(tx).has_table("meta"):
-                query = sa.select(meta.c.value).where(meta.c.key == "schema")
-                found = int(tx.execute(query).scalar_one_or_none() or 0)
-                if found > SCHEMA_VERSION:
-                    raise ArtifactError(
-                        f"{self.name}: made by a newer version (label store schema {found};"
-                        f" this one knows {SCHEMA_VERSION})",
-                        "Update prefline, or use the version that made it.",
-                    )
+                self._check_version(tx)
                 return
+        with self.write() as tx:
             schema.create_all(tx)
             for statement in _APPEND_ONLY.get(self.engine.dialect.name, ()):
                 tx.exec_driver_sql(statement)
-            insert_new(tx, meta, [{"key": "schema", "value": str(SCHEMA_VERSION)}])
+            # made with the store, so that a backup has the same ones
+            secret_rows = [
+                {"key": f"secret:{name}", "value": secrets.token_hex(32)} for name in SECRETS
+            ]
+            insert_new(tx, meta, [{"key": "schema", "value": str(SCHEMA_VERSION)}, *secret_rows])
+
+    def _check_version(self, tx: Connection) -> None:
+        query = sa.select(meta.c.value).where(meta.c.key == "schema")
+        found = int(tx.execute(query).scalar_one_or_none() or 0)
+        if found > SCHEMA_VERSION:
+            raise ArtifactError(
+                f"{self.name}: made by a newer version (label store schema {found};"
+                f" this one knows {SCHEMA_VERSION})",
+                "Update prefline, or use the version that made it.",
+            )
 
 
 def _on_connect(connection: sqlite3.Connection, _record: Any) -> None:
@@ -230,6 +239,7 @@ def _on_connect(connection: sqlite3.Connection, _record: Any) -> None:
         "journal_mode = WAL",
         "synchronous = FULL",  # an acknowledged ranking survives a power cut
         "foreign_keys = ON",
+        "secure_delete = ON",  # what is forgotten is overwritten
     ):
         connection.execute(f"PRAGMA {pragma}")
 
@@ -294,7 +304,7 @@ def log_event(
 ) -> None:
     """Append to the audit log. `detail` must not hold names of people."""
     row = {"at": time.time(), "user_id": user_id, "kind": kind, "task_id": task}
-    tx.execute(sa.insert(events).values(**row, detail=json.dumps(detail)))
+    tx.execute(sa.insert(events), {**row, "detail": json.dumps(detail)})
 
 
 def open_run_store(run_dir: Path) -> Store:
