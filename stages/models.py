@@ -274,6 +274,7 @@ def new_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> P
         "num_attention_heads": settings.num_attention_heads,
         "max_position_embeddings": settings.max_length,
         "tie_word_embeddings": settings.tie_word_embeddings,
+        "initializer_range": settings.initializer_range or settings.hidden_size**-0.5,
         **{f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")},
     }
     unknown = [key for key in settings.extra if not known(key) or key.startswith("_")]

@@ -1,8 +1,7 @@
 """Documents as one long memory-mapped array of tokens, and rows of it without padding.
 
 Documents follow each other with an end token behind each and are cut into rows wherever a row is
-full, as in GPT-2 and GPT-3: a row may hold several documents and attention sees across them; the end
-token tells the model that what came before does not matter.
+full: a row may hold several documents. Whether attention sees across them is the stage's choice.
 """
 
 from __future__ import annotations

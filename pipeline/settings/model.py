@@ -45,6 +45,9 @@ class ModelSettings(Strict):
     """Longest sequence in tokens that a new model can read."""
     tie_word_embeddings: bool = True
     """Use one matrix for input embeddings and output head of a new model."""
+    initializer_range: float | None = Field(None, gt=0)
+    """Standard deviation of a new model's weights; null is hidden_size ** -0.5, which lets small models
+    learn to copy from their context several times sooner than the usual 0.02 (measured on the demo)."""
     extra: dict[str, Any] = Field(default_factory=dict)
     """Further keys of the architecture's transformers configuration."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -29,6 +29,8 @@ class PretrainSettings(Strict):
     """Optimiser steps."""
     sequence_length: int = Field(256, ge=8)
     """Tokens of one packed row."""
+    isolate_documents: bool = True
+    """Attention and positions begin anew with each document of a packed row (objective causal)."""
     minibatch_rows: int = Field(16, ge=1)
     """Rows of one optimiser step, over all ranks."""
     accumulation_steps: int = Field(1, ge=1)

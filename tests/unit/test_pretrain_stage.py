@@ -1,0 +1,50 @@
+"""Packed rows: a document does not see the one before it, on RoPE and on learned positions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from stages.pretrain import document_positions
+
+END = 2
+
+
+def test_positions_begin_anew_after_every_end_token() -> None:
+    tokens = torch.tensor([[5, 6, END, 7, END, END, 8, 9]])
+    assert document_positions(tokens, END).tolist() == [[0, 1, 2, 0, 1, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("training", [True, False])
+def test_packed_documents_get_the_logits_that_they_get_alone(kind: str, training: bool) -> None:
+    torch.manual_seed(0)
+    if kind == "llama":
+        config = LlamaConfig(
+            vocab_size=40,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            initializer_range=0.3,
+        )
+        model = LlamaForCausalLM(config)
+    else:
+        shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}
+        drop = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+        model = GPT2LMHeadModel(
+            GPT2Config(vocab_size=40, bos_token_id=1, eos_token_id=2, **shape, **drop)
+        )
+    model.train(training)
+    first, second = torch.randint(5, 40, (3, 9)), torch.randint(5, 40, (3, 7))
+    first[:, -1] = END
+    packed = torch.cat([first, second], dim=1)
+    with torch.no_grad():
+        together = model(
+            input_ids=packed, position_ids=document_positions(packed, END), use_cache=False
+        ).logits
+        alone = model(input_ids=second, use_cache=False).logits
+        blind = model(input_ids=packed, use_cache=False).logits
+    torch.testing.assert_close(together[:, 9:], alone, atol=1e-4, rtol=1e-4)
+    assert (blind[:, 9:] - alone).abs().max() > 0.1, "the models must be sharp enough to tell"
