@@ -5,7 +5,8 @@ Nothing that the browser sends is believed: each handler looks up the user and t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,16 +176,20 @@ def _connect(page: gr.Blocks, parts: _Parts, handlers: Handlers) -> None:
         ]
 
     def on_load(render: bool, request: gr.Request) -> list[Any]:
-        return view(handlers.show(_name(request), render), render)
+        with _told():
+            return view(handlers.show(_name(request), render), render)
 
     def on_submit(value: Any, render: bool, request: gr.Request) -> list[Any]:
-        return view(handlers.submit(_name(request), value, render), render)
+        with _told():
+            return view(handlers.submit(_name(request), value, render), render)
 
     def on_skip(value: Any, reason: Any, render: bool, request: gr.Request) -> list[Any]:
-        return view(handlers.skip(_name(request), value, reason, render), render)
+        with _told():
+            return view(handlers.skip(_name(request), value, reason, render), render)
 
     def on_ranked(value: Any, request: gr.Request) -> None:
-        handlers.draft(_name(request), value)
+        with _told():
+            handlers.draft(_name(request), value)
 
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     ranking, render = parts.ranking, parts.render
@@ -193,6 +198,15 @@ def _connect(page: gr.Blocks, parts: _Parts, handlers: Handlers) -> None:
     ranking.ranked(on_ranked, [ranking], None, trigger_mode="always_last", **quiet)
     ranking.submit(on_submit, [ranking, render], outputs, **quiet)
     parts.skip.click(on_skip, [ranking, parts.reason, render], outputs, **quiet)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What is refused is told to the person; it is no fault of the server."""
+    try:
+        yield
+    except Refused as error:
+        raise gr.Error(error.message, print_exception=False) from None
 
 
 def _name(request: gr.Request) -> str:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from contextlib import closing
 from itertools import combinations
 from typing import Any
 
@@ -38,7 +39,12 @@ Done = set[tuple[str, int]]
 
 
 def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
-    store = Store(settings.rank.store or out.run_dir / STORE_FILE)
+    with closing(Store(settings.rank.store or out.run_dir / STORE_FILE)) as store:
+        return rank_in(store, settings, inputs, out)
+
+
+def rank_in(store: Store, settings: Settings, inputs: Inputs, out: Out) -> Metrics:
+    """The step, in an open store."""
     dropped: Counter[str] = Counter()
 
     # 1 rankings made elsewhere
@@ -76,7 +82,6 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     write_jsonl(out.artifact / "rankings.jsonl", (ranking.to_row() for ranking in rankings))
     write_jsonl(out.artifact / "prompts.jsonl", (prompts[key].to_row() for key in sorted(prompts)))
     _close_queue(store, out.step)
-    store.close()
     return describe(rankings) | {"dropped": dict(sorted(dropped.items()))}
 
 

@@ -1,0 +1,390 @@
+"""The ranking app over HTTP: who gets in, what is refused, and what a browser is told."""
+
+import contextlib
+import json
+import re
+import socket
+
+import pytest
+import sqlalchemy as sa
+from starlette.testclient import TestClient
+
+from labeling_ui import accounts, app, board, display, guard, server
+from labeling_ui.assignments import Refused
+from labeling_ui.store import (
+    Store,
+    assignments,
+    insert_new,
+    queues,
+    rankings,
+    task_row,
+    tasks,
+    users,
+)
+
+LOCAL = "http://127.0.0.1:7860"
+HOSTILE = (
+    "<script>alert(1)</script>${alert(2)}{{alert(3)}}\\x<img src=//evil.example onerror=alert(4)>"
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run directory with three prompts and two people, and its server."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "config.yaml").write_text("model: {base: ./m}\n")
+    store = Store(folder / "labels.db")
+    rows = [
+        task_row(
+            [{"role": "user", "content": f"prompt {i} {HOSTILE}"}], [f"{j} {HOSTILE}" for j in range(3)],
+            round=1, origin="test", step="rank",
+        )
+        for i in range(3)
+    ]  # fmt: skip
+    queue = {"step": "rank", "by": "people", "overlap": 1, "lease_minutes": 30, "open": True}
+    with store.write() as tx:
+        insert_new(tx, queues, [queue])
+        insert_new(tx, tasks, rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accounts, "_SCRYPT", (2**4, 8, 1))
+        patch.setattr(accounts, "_NOBODY", [])
+        for name in ("alice", "bob"):
+            accounts.add_user(store, name, "correct horse")
+        yield folder, store, server.create_app(store, folder)
+
+
+@pytest.fixture
+def client(run):
+    return TestClient(run[2], base_url=LOCAL, follow_redirects=False)
+
+
+def log_in(client, name="alice", password="correct horse"):
+    return client.post("/login", data={"name": name, "password": password})
+
+
+# ---- logging in ----------------------------------------------------------------------------
+
+
+def test_strangers_see_the_login_page_and_nothing_else(client):
+    assert client.get("/healthz").text == "ok\n"
+    assert client.get("/").headers["location"] == "/login"
+    assert client.get("/ui/").headers["location"] == "/login"
+    for path in ("/ui/config", "/ui/gradio_api/info", "/ui/gradio_api/file=labels.db"):
+        assert client.get(path).status_code in (401, 403), path
+    for path in ("/ui/gradio_api/queue/join", "/ui/gradio_api/run/on_submit"):
+        assert client.post(path, json={"data": [], "fn_index": 0}).status_code == 401, path
+    for path in ("/docs", "/openapi.json", "/redoc"):
+        assert client.get(path).status_code == 404, path
+
+
+def test_the_right_password_opens_and_the_cookie_is_out_of_reach_of_scripts(client):
+    answer = log_in(client)
+    assert (answer.status_code, answer.headers["location"]) == (303, "/ui/")
+    cookie = answer.headers["set-cookie"].lower()
+    assert "httponly" in cookie
+    assert "samesite=lax" in cookie
+    assert client.get("/ui/").status_code == 200
+    assert client.get("/ui/config").json()["username"] == "alice"
+
+
+def test_a_login_behind_tls_is_only_ever_sent_over_tls(run):
+    client = TestClient(run[2], base_url="https://127.0.0.1:7860", follow_redirects=False)
+    assert "secure" in log_in(client).headers["set-cookie"].lower()
+
+
+def test_a_login_survives_a_restart(run, client):
+    log_in(client)
+    folder, _, _ = run
+    again = TestClient(
+        server.create_app(Store(folder / "labels.db"), folder),
+        base_url=LOCAL,
+        cookies=client.cookies,
+    )
+    assert again.get("/ui/config").status_code == 200
+
+
+def test_logging_out_makes_a_stolen_cookie_worthless(run, client):
+    log_in(client)
+    stolen = dict(client.cookies)
+    assert client.post("/logout").headers["location"] == "/login"
+    thief = TestClient(run[2], base_url=LOCAL, cookies=stolen)
+    assert thief.get("/ui/config").status_code == 401
+
+
+def test_wrong_passwords_are_told_so_and_then_stopped(run):
+    client = TestClient(run[2], base_url=LOCAL, client=("10.0.0.9", 1))
+    codes = [log_in(client, "bob", "wrong").status_code for _ in range(6)]
+    assert codes == [401] * 4 + [429] * 2
+    assert "Too many failed logins" in log_in(client, "bob", "correct horse").text
+
+
+def test_the_login_page_shows_no_input_back_and_runs_no_script(client):
+    answer = log_in(client, "<script>alert(1)</script>", "x")
+    assert "<script" not in answer.text
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+
+
+def test_forged_and_expired_cookies_are_worthless():
+    secret = b"s" * 32
+    good = guard.sign(secret, 1, 0, now=1000)
+    assert guard.read(secret, good, now=1001) == (1, 0)
+    assert guard.read(secret, good, now=1000 + guard.SESSION_SECONDS) is None
+    assert guard.read(b"t" * 32, good, now=1001) is None
+    for forged in (
+        "",
+        ".",
+        "1.0.99999999999",
+        good.replace("1.", "2.", 1),
+        good[:-1] + "ä",
+        "a.b.c.d",
+    ):
+        assert guard.read(secret, forged, now=1001) is None
+
+
+# ---- the door ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed"),
+    [
+        ("127.0.0.1:7860", True),
+        ("localhost:1234", True),
+        ("[::1]:7860", True),
+        ("192.168.1.5:7860", True),
+        ("evil.example", False),
+        ("localhost.evil.example", False),
+        ("", False),
+        ("[", False),
+    ],
+)
+def test_only_our_own_names_are_answered_to(client, host, allowed):
+    status = client.get("/login", headers={"host": host}).status_code
+    assert status == (200 if allowed else 400)
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:9999"])
+@pytest.mark.parametrize("path", ["/ui/config", "/login", "/ui/gradio_api/queue/join", "/logout"])
+def test_requests_from_other_sites_are_refused_whatever_they_do(client, origin, path):
+    log_in(client)
+    for method in ("GET", "POST"):
+        answer = client.request(method, path, headers={"origin": origin})
+        assert answer.status_code == 403
+        assert "access-control-allow-origin" not in answer.headers
+
+
+def test_a_cross_site_post_without_an_origin_is_refused_by_its_fetch_metadata(client):
+    answer = client.post("/login", data={}, headers={"sec-fetch-site": "cross-site"})
+    assert answer.status_code == 403
+
+
+def test_uploads_and_large_or_unmeasured_bodies_are_refused(client):
+    log_in(client)
+    assert client.post("/ui/gradio_api/upload", files={"files": b"x"}).status_code == 403
+    assert client.post("/login", content=b"x" * (guard.MAX_BODY_BYTES + 1)).status_code == 413
+    assert client.post("/login", content=iter([b"x"])).status_code == 411
+
+
+@pytest.mark.parametrize("path", ["/login", "/healthz", "/ui/", "/ui/config", "/ui/nothing"])
+def test_every_answer_carries_the_security_headers(client, path):
+    log_in(client)
+    headers = client.get(path).headers
+    policy = headers["content-security-policy"]
+    assert "frame-ancestors 'none'" in policy
+    assert "form-action 'self'" in policy
+    assert "http:" not in policy
+    assert "*" not in policy
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["referrer-policy"] == "same-origin"
+
+
+def test_files_of_the_machine_are_not_served(client, run):
+    log_in(client)
+    for file in ("/etc/passwd", f"{run[0]}/labels.db", "labels.db", "../labels.db"):
+        assert client.get(f"/ui/gradio_api/file={file}").status_code in (403, 404)
+
+
+# ---- the page ------------------------------------------------------------------------------
+
+
+def test_the_page_knows_no_prompt_before_it_is_claimed_and_asks_nobody_else(client):
+    log_in(client)
+    page = client.get("/ui/").text
+    assert "prompt 0" not in page
+    hosts = set(re.findall(r"(?:src|href)=[\"']?https?://([^/\"']+)", page))
+    assert hosts <= {"127.0.0.1:7860"}
+    config = client.get("/ui/config").json()
+    assert config["analytics_enabled"] is False
+    assert all(dependency["api_visibility"] == "private" for dependency in config["dependencies"])
+
+
+@pytest.fixture
+def handlers(run):
+    """The page's handlers, as for a person with nothing done yet."""
+    folder, store, _ = run
+    with store.write() as tx:
+        tx.execute(sa.delete(rankings))
+        tx.execute(sa.delete(assignments))
+    logins = server.Logins(store)
+    return app.Handlers(store, logins.user_id, lambda: server._tell_progress(store, folder))
+
+
+def test_ranking_all_prompts_with_the_handlers_of_the_page(run, handlers):
+    folder, _, _ = run
+    status, value, prompt, *texts = handlers.show("alice", render=False)
+    assert "**0** done, **3** left" in status
+    for done in (1, 2, 3):
+        assert value["labels"] == ["A", "B", "C"]
+        assert value["ranks"] == [None, None, None]
+        status, value, prompt, *texts = handlers.submit(
+            "alice", {**value, "ranks": [1, 2, 2]}, False
+        )
+        assert status.startswith("Saved. ")
+        assert json.loads((folder / "rank-progress.json").read_text()) == {
+            "rank": {"have": done, "need": 3}
+        }
+    assert "All done" in status
+    assert value["labels"] == []
+    assert (prompt, set(texts)) == ("", {""})
+
+
+def test_a_double_submission_is_saved_once_and_does_not_touch_the_next_prompt(handlers):
+    _, value, *_ = handlers.show("alice", False)
+    order = {**value, "ranks": [1, 2, 3]}
+    _, following, *_ = handlers.submit("alice", order, False)
+    status, still, *_ = handlers.submit("alice", order, False)
+    assert status.startswith("Already saved.")
+    assert still["token"] == following["token"]
+    assert "**1** done" in status
+
+
+def test_a_draft_comes_back_with_the_page(handlers):
+    _, value, *_ = handlers.show("alice", False)
+    handlers.draft("alice", {**value, "ranks": [2, None, None], "revision": 1})
+    _, again, *_ = handlers.show("alice", True)
+    assert (again["token"], again["ranks"], again["selected"]) == (
+        value["token"],
+        [2, None, None],
+        1,
+    )
+
+
+def test_a_person_without_work_is_told_that_others_are_still_busy(handlers):
+    for _ in range(3):
+        _, value, *_ = handlers.show("alice", False)
+        if "**2** done" not in handlers.show("alice", False)[0]:
+            handlers.submit("alice", {**value, "ranks": [1, 1, 1]}, False)
+    assert "Others are working" in handlers.show("bob", False)[0]
+
+
+def test_a_skip_moves_on_and_needs_a_reason(handlers):
+    _, value, *_ = handlers.show("alice", False)
+    status, same, *_ = handlers.skip("alice", value, None, False)
+    assert "Choose a reason" in status
+    assert same["token"] == value["token"]
+    _, other, *_ = handlers.skip("alice", value, "broken", False)
+    assert other["token"] != value["token"]
+
+
+@pytest.mark.parametrize(
+    "value", [None, "x", [], {}, {"token": 5, "ranks": "123", "revision": "x"}]
+)
+def test_whatever_a_browser_sends_nothing_is_saved(run, handlers, value):
+    handlers.show("alice", False)
+    for act in (
+        lambda: handlers.submit("alice", value, False),
+        lambda: handlers.draft("alice", value),
+    ):
+        with contextlib.suppress(Refused):
+            act()
+    with run[1].read() as tx:
+        assert tx.execute(sa.select(rankings)).all() == []
+
+
+def test_a_disabled_person_is_refused_by_every_handler(run, handlers):
+    _, store, _ = run
+    _, value, *_ = handlers.show("bob", False)
+    change = sa.update(users).where(users.c.name == "bob")
+    with store.write() as tx:
+        tx.execute(change.values(active=False))
+    for act in (
+        lambda: handlers.show("bob", False),
+        lambda: handlers.draft("bob", value),
+        lambda: handlers.submit("bob", {**value, "ranks": [1, 2, 3]}, False),
+    ):
+        with pytest.raises(Refused, match="not active"):
+            act()
+    with store.write() as tx:
+        tx.execute(change.values(active=True))
+
+
+def test_the_board_never_holds_model_text(handlers):
+    _, value, *_ = handlers.show("alice", False)
+    assert "script" not in json.dumps(value)
+    assert set(value) == {"token", "labels", "ranks", "revision", "selected"}
+    assert re.fullmatch(r"[\w-]+", value["token"])
+    assert board.board_value(None)["labels"] == []
+
+
+# ---- hostile text --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text", ["", "plain", "``` x", "a\n````\nb\n`````", "`" * 50, HOSTILE, "\n\n```\n# x"]
+)
+def test_exact_text_cannot_leave_its_fence(text):
+    opening, *body, closing = display.exact(text).split("\n")
+    assert opening == closing
+    assert set(opening) == {"`"}
+    assert not any(line.strip().startswith(opening) for line in body)
+    assert "\n".join(body) == (text or "(empty)")
+
+
+def test_rendered_text_holds_no_html_image_link_or_diagram():
+    evil = (
+        HOSTILE
+        + "![a](http://x/y.png) [b](http://x) [c]: http://x\n[d][c] <http://x> www.x.com a@b.c\n"
+        "```mermaid\ngraph\n```\n~~~ mermaid\n~~~\n&lt;img&gt; &#60;b&#62; </p> <!-- --> <?x?>"
+    )
+    shown = display.rendered(evil)
+    for mark in (
+        r"<[A-Za-z/!?]",
+        r"!\[",
+        r"\][(\[:]",
+        r"\w://",
+        r"www\.",
+        r"\w@\w",
+        r"[`~]{3} ?\w",
+        r"&(?!amp;)",
+    ):
+        assert not re.search(mark, shown), mark
+    assert "".join(shown.replace("\u2060", "").replace("&amp;", "&")) == evil
+
+
+def test_characters_that_cannot_be_seen_are_made_visible():
+    assert display.visible("a\u202eb\x00c\u200bd\ud800") == "a⟨U+202E⟩b⟨U+0000⟩c⟨U+200B⟩d⟨U+D800⟩"
+    assert display.visible("tab\t line\n end\r\n") == "tab\t line\n end\n"
+
+
+# ---- the command ---------------------------------------------------------------------------
+
+
+def test_without_an_account_the_server_says_how_to_make_one(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("model: {base: ./m}\n")
+    assert server.main([str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "nobody can log in" in said
+    assert f"prefline users {tmp_path} add NAME" in said
+
+
+def test_a_port_that_is_taken_is_told_before_anything_starts(run, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert server.main([str(run[0]), "--port", str(port)]) == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+
+
+def test_a_server_on_the_network_also_goes_by_its_public_name():
+    assert server.names_of("127.0.0.1", None) == list(server.LOCAL_NAMES)
+    assert "rank.example.org" in server.names_of("0.0.0.0", "https://rank.example.org/x")
