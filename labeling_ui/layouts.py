@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.formats import Unusable, clean_text, conversation
+from pipeline.formats import Unusable, clean_text, conversation, hh_turns
 from pipeline.records import Message, content_id
 
-_TURN = re.compile(r"\n\n(Human|Assistant):")
-_HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 _MAX_RESPONSES = 64
 
 
@@ -131,17 +128,12 @@ def _llmbar(row: dict[str, Any]) -> Found:
 
 
 def _turns(text: str) -> list[Message]:
-    """The turns of an hh-rlhf text."""
-    before, *parts = _TURN.split(text)
-    if before.strip():
-        raise Unusable("text before the first turn")
-    turns = [(role, content.strip()) for role, content in zip(parts[::2], parts[1::2], strict=True)]
-    if turns[-1] == ("Assistant", ""):
+    """The turns of an hh-rlhf text, the last of them a response."""
+    messages = hh_turns(text)
+    # an empty last turn is a prompt to formats.py, but a missing response here
+    if messages and messages[-1]["role"] != "assistant":
         raise Unusable("a response is empty")
-    return [
-        {"role": _HH_ROLES[role], "content": clean_text(content, "a turn")}
-        for role, content in turns
-    ]
+    return messages
 
 
 def _whole_conversations(chosen: list[Message], rejected: list[Message], layout: str) -> Found:

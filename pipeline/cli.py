@@ -183,7 +183,7 @@ def users(context: typer.Context) -> None:
 def labels(context: typer.Context) -> None:
     """Rankings in and out: RUN import|export|stats|backup|forget.
 
-    Example:  prefline labels runs/demo export rankings.jsonl
+    Example:  prefline labels runs/demo export --to rankings.jsonl
     """
     _pass_on("labeling_ui.labels", context.args)
 

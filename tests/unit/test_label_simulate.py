@@ -1,6 +1,5 @@
 """Simulated annotators: like people at the door, like a formula behind it."""
 
-import time
 
 import pytest
 import sqlalchemy as sa
@@ -131,11 +130,3 @@ def test_who_ranks_a_prompt_does_not_change_when_overlap_grows():
     for i in range(20):
         few = annotators_of(f"p{i}", settings(overlap=1), 0)
         assert annotators_of(f"p{i}", settings(overlap=3), 0)[:1] == few
-
-
-@pytest.mark.slow
-def test_five_hundred_prompts_take_seconds(tmp_path):
-    store = make(tmp_path / "labels.db", prompts=500)
-    started = time.process_time()
-    rank_all(store, "rank", settings(), 0)
-    assert time.process_time() - started < 3
