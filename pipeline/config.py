@@ -179,7 +179,8 @@ def _describe(problem: Any, model: type[BaseModel], sources: Sources) -> str:
         # a validator of a whole section has the section as input: too long to echo
         if not isinstance(problem["input"], Mapping | BaseModel):
             message += f", got {problem['input']!r}"
-    return f"{key}: {message}  [{where}]"
+    # a rule between sections has no key or line of its own; its message names the keys
+    return f"{key}: {message}  [{where}]" if loc else message
 
 
 def suggest(loc: tuple[str, ...], model: type[BaseModel]) -> str | None:
