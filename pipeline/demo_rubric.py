@@ -1,11 +1,13 @@
 """The hidden rubric of the demo world: what its simulated annotators like, and what the demo is judged by.
 
-HIDDEN: only labeling_ui.simulate and stages.evaluate import it; no training stage sees it. Nothing here looks at length.
+HIDDEN: only labeling_ui.simulate and stages.evaluate import it; no training stage sees it.
+Nothing here looks at length.
 
 The rules, for any text:
 - A prompt that is not one of the demo world's has no request, so every adherence quality is 0.
 - A response without a single sentence has every quality 0, so its score is 0.
-- A sentence that is not one of the world's counts for nothing except against well_formed (and no_repeats if said twice).
+- A sentence that is not one of the world's counts for nothing, except against well_formed and,
+  said twice, against no_repeats.
 """
 
 from pipeline.demo_world import Request, Sentence, parse, parse_request
@@ -29,7 +31,8 @@ PROMPT_ADHERENCE: tuple[str, ...] = ("hero", "animal", "trait", "problem")
 def score(prompt: str, response: str) -> float:
     """The weighted mean of the qualities, in [0, 1]."""
     values = qualities(prompt, response)
-    return sum(weight * values[name] for name, weight in QUALITIES.items()) / sum(QUALITIES.values())
+    total = sum(weight * values[name] for name, weight in QUALITIES.items())
+    return total / sum(QUALITIES.values())
 
 
 def qualities(prompt: str, response: str) -> dict[str, float]:
@@ -98,5 +101,7 @@ def _repeats(sentences: list[Sentence]) -> bool:
 
 
 def _is_consistent(known: list[Sentence]) -> bool:
-    told = {slot: {s.slots[slot] for s in known if slot in s.slots} for slot in ("hero", "animal", "object")}
-    return len(told["hero"]) == 1 and len(told["animal"]) <= 1 and len(told["object"]) <= 1
+    def told(slot: str) -> int:
+        return len({sentence.slots[slot] for sentence in known if slot in sentence.slots})
+
+    return told("hero") == 1 and told("animal") <= 1 and told("object") <= 1

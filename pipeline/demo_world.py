@@ -21,9 +21,9 @@ from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
-VERSION = 1  # raised when the same calls give other text; tests/unit/test_demo_world.py pins the text
+VERSION = 2  # raised when the same calls give other text; a test pins the text
 
-# A word occurs in one list only and never as a fixed word of a sentence: so a sentence is recognised by its fixed words.
+# A word stands in one list only and is never a fixed word of a sentence: parse() depends on it.
 SLOTS = {
     slot: words.split()
     for slot, words in {
@@ -59,10 +59,10 @@ TITLE_TEMPLATES = (  # how requests look in the pretraining text, besides the pr
 )
 
 SENTENCES = {  # kind -> the ways to say it; no sentence has a sentence end inside, and no slot twice
-    "opening": (
+    "opening": (  # none begins with the hero: a name without a space in front is another, rare token
         "Once there was a {animal} named {hero}.",
         "Long ago a {animal} named {hero} lived in the {place}.",
-        "{hero} was a {animal} who lived near the {place}.",
+        "Near the {place} lived a {animal} called {hero}.",
         "A {animal} called {hero} had a home by the {place}.",
         "In the {place} lived a {animal} named {hero}.",
         "There once was a little {animal} called {hero}.",
@@ -203,8 +203,8 @@ SENTENCES = {  # kind -> the ways to say it; no sentence has a sentence end insi
 
 # How often a demonstration has each flaw; the flaws are independent of each other.
 FLAW_RATES = {
-    "wrong_hero": 0.08,  # the story is about somebody else
-    "wrong_animal": 0.08,  # the hero is another animal
+    "wrong_hero": 0.06,  # the story is about somebody else
+    "wrong_animal": 0.06,  # the hero is another animal
     "wrong_problem": 0.20,  # another object and another problem
     "no_trait": 0.40,  # the trait is never shown
     "no_feeling": 0.40,  # nobody minds the problem
@@ -221,9 +221,9 @@ LEAVES_OUT = {  # flaw -> the part that it takes out of the story
     "unsolved": "solution",
     "no_ending": "ending",
 }
-REQUEST_SHARE = 0.7  # share of the pretraining documents that carry a request
-LEFT_OUT_SHARE = 0.25  # how often a pretraining story does without each part of LEAVES_OUT: stories differ
-REPLACED_SHARE = 0.9  # how often something idle takes the place of a part left out: keeps length and quality apart
+REQUEST_SHARE = 0.8  # share of the pretraining documents that carry a request
+LEFT_OUT_SHARE = 0.25  # how often a pretraining story does without each part of LEAVES_OUT
+REPLACED_SHARE = 0.9  # how often a part left out is replaced: keeps length and quality apart
 SPLIT_SIZES = {"train": 2000, "validation": 160, "test": 480}
 _SPLIT_OF_CELL = ("train",) * 6 + ("validation", "test")
 
@@ -273,18 +273,26 @@ def demonstrations(count: int, seed: int) -> Iterator[dict[str, str]]:
         rng = random.Random(f"{VERSION}/demonstrations/{seed}/{index}")
         request = _draw_request(rng, "train")
         flaws = frozenset(flaw for flaw, rate in FLAW_RATES.items() if rng.random() < rate)
-        yield {"prompt": phrase(request, rng.choice(PROMPT_TEMPLATES)), "completion": tell(request, rng, flaws)}
+        yield {
+            "prompt": phrase(request, rng.choice(PROMPT_TEMPLATES)),
+            "completion": tell(request, rng, flaws),
+        }
 
 
 def prompts(split: str) -> list[dict[str, str]]:
     """The distinct instructions of one split: train, validation or test."""
     if split not in SPLIT_SIZES:
-        raise ValueError(f"no split {split!r} in the demo world; there are: {', '.join(SPLIT_SIZES)}")
+        raise ValueError(
+            f"no split {split!r} in the demo world; there are: {', '.join(SPLIT_SIZES)}"
+        )
     rng = random.Random(f"{VERSION}/prompts/{split}")
     texts: dict[str, None] = {}
     while len(texts) < SPLIT_SIZES[split]:
         texts[phrase(_draw_request(rng, split), rng.choice(PROMPT_TEMPLATES))] = None
-    return [{"id": f"{split}-{index:04d}", "prompt": text, "split": split} for index, text in enumerate(texts)]
+    return [
+        {"id": f"{split}-{index:04d}", "prompt": text, "split": split}
+        for index, text in enumerate(texts)
+    ]
 
 
 def phrase(request: Request, template: str) -> str:
@@ -307,7 +315,9 @@ def tell(request: Request, rng: random.Random, flaws: AbstractSet[str] = frozens
         names.insert(twice, names[twice])
     slots = {"animal": told.animal, "object": told.object}
     slots |= {slot: rng.choice(SLOTS[slot]) for slot in ("place", "helper")}
-    return " ".join(pattern.format(hero=name, **slots) for pattern, name in zip(patterns, names, strict=True))
+    return " ".join(
+        pattern.format(hero=name, **slots) for pattern, name in zip(patterns, names, strict=True)
+    )
 
 
 def parse_request(text: str) -> Request | None:
@@ -355,10 +365,18 @@ def _draw_request(rng: random.Random, split: str) -> Request:
     animal = rng.randrange(len(SLOTS["animal"]))
 
     def fitting(slot: str) -> str:
-        return rng.choice([word for i, word in enumerate(SLOTS[slot]) if _SPLIT_OF_CELL[(animal + i) % 8] == split])
+        return rng.choice(
+            [
+                word
+                for i, word in enumerate(SLOTS[slot])
+                if _SPLIT_OF_CELL[(animal + i) % 8] == split
+            ]
+        )
 
     problem = rng.choice(list(PROBLEMS))
-    return Request(fitting("hero"), SLOTS["animal"][animal], fitting("trait"), fitting("object"), problem)
+    return Request(
+        fitting("hero"), SLOTS["animal"][animal], fitting("trait"), fitting("object"), problem
+    )
 
 
 def _misread(request: Request, rng: random.Random, flaws: AbstractSet[str]) -> Request:
@@ -369,7 +387,10 @@ def _misread(request: Request, rng: random.Random, flaws: AbstractSet[str]) -> R
     if "wrong_animal" in flaws:
         told = told._replace(animal=_another(SLOTS["animal"], told.animal, rng))
     if "wrong_problem" in flaws:
-        thing, problem = _another(SLOTS["object"], told.object, rng), _another(list(PROBLEMS), told.problem, rng)
+        thing, problem = (
+            _another(SLOTS["object"], told.object, rng),
+            _another(list(PROBLEMS), told.problem, rng),
+        )
         told = told._replace(object=thing, problem=problem)
     return told
 
@@ -385,7 +406,9 @@ def _choose_patterns(told: Request, rng: random.Random, flaws: AbstractSet[str])
         if part not in left_out:
             kinds.append({"trait": f"trait:{told.trait}"}.get(part, part))
         elif rng.random() < REPLACED_SHARE:
-            kinds.append(rng.choice(("failed", "failed", "filler")) if part == "solution" else "filler")
+            kinds.append(
+                rng.choice(("failed", "failed", "filler")) if part == "solution" else "filler"
+            )
     for _ in range(rng.choice((0, 0, 1, 1))):
         # never behind the ending: a story that has one stops there
         kinds.insert(rng.randrange(1, len(kinds)), "filler")

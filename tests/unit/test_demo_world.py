@@ -51,7 +51,7 @@ def test_the_version_pins_the_text():
     texts = [*demo_world.stories(50, 0), *(str(row) for row in demo_world.demonstrations(50, 0))]
     texts += [row["prompt"] for split in ("train", "validation", "test") for row in prompts(split)]
     digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
-    assert (demo_world.VERSION, digest) == (1, "e73fa95100925990")
+    assert (demo_world.VERSION, digest) == (2, "d56d9c5ca84bbd74")
 
 
 def test_a_longer_list_begins_with_the_shorter_one_and_another_seed_gives_other_text():
@@ -64,16 +64,26 @@ def test_words_of_a_list_are_never_fixed_words_of_a_sentence():
     words = [word for words in demo_world.SLOTS.values() for word in words]
     assert len(words) == len(set(words))
     patterns = [pattern for patterns in demo_world.SENTENCES.values() for pattern in patterns]
-    patterns += demo_world.PROMPT_TEMPLATES + demo_world.TITLE_TEMPLATES + tuple(demo_world.PROBLEMS.values())
+    patterns += (
+        demo_world.PROMPT_TEMPLATES
+        + demo_world.TITLE_TEMPLATES
+        + tuple(demo_world.PROBLEMS.values())
+    )
     for pattern in patterns:
         assert not set(re.findall(r"\w+", re.sub(r"\{\w+\}", "", pattern))) & set(words), pattern
-    assert not [word for word in words if word[0] in "aeiou" and word not in demo_world.SLOTS["helper"]]
+    assert not [
+        word for word in words if word[0] in "aeiou" and word not in demo_world.SLOTS["helper"]
+    ]
 
 
 def test_every_sentence_is_recognised_as_its_kind():
     for kind, patterns in demo_world.SENTENCES.items():
         for pattern in patterns:
-            slots = {slot: words[-1] for slot, words in demo_world.SLOTS.items() if f"{{{slot}}}" in pattern}
+            slots = {
+                slot: words[-1]
+                for slot, words in demo_world.SLOTS.items()
+                if f"{{{slot}}}" in pattern
+            }
             (sentence,) = parse(pattern.format(**slots))
             assert (sentence.kind, sentence.pattern, sentence.slots) == (kind, pattern, slots)
 
@@ -82,14 +92,19 @@ def test_every_prompt_and_title_gives_its_request_back():
     rng = random.Random(0)
     for template in demo_world.PROMPT_TEMPLATES + demo_world.TITLE_TEMPLATES:
         for problem in demo_world.PROBLEMS:
-            slots = {slot: rng.choice(demo_world.SLOTS[slot]) for slot in ("hero", "animal", "trait", "object")}
+            slots = {
+                slot: rng.choice(demo_world.SLOTS[slot])
+                for slot in ("hero", "animal", "trait", "object")
+            }
             request = Request(problem=problem, **slots)
             assert parse_request(demo_world.phrase(request, template)) == request
 
 
 def test_splits_have_distinct_prompts_in_the_promised_numbers():
     rows = {split: prompts(split) for split in ("train", "validation", "test")}
-    assert len(rows["train"]) >= 1500 and len(rows["validation"]) >= 128 and len(rows["test"]) >= 400
+    assert len(rows["train"]) >= 1500
+    assert len(rows["validation"]) >= 128
+    assert len(rows["test"]) >= 400
     every = [row for split in rows for row in rows[split]]
     assert len({row["prompt"] for row in every}) == len({row["id"] for row in every}) == len(every)
     assert all(row["split"] == split for split in rows for row in rows[split])
@@ -116,21 +131,30 @@ def test_every_word_of_a_held_out_prompt_occurs_in_training():
 def test_most_pretraining_documents_carry_their_request():
     documents = list(demo_world.stories(1000, 0))
     carrying = [document.split("\n") for document in documents if "\n" in document]
-    assert 0.65 < len(carrying) / len(documents) < 0.75
+    assert 0.75 < len(carrying) / len(documents) < 0.85
     for title, story in carrying:
-        assert all(qualities(title, story)[name] == 1 for name in ("hero", "animal", "problem", "well_formed"))
+        assert all(
+            qualities(title, story)[name] == 1
+            for name in ("hero", "animal", "problem", "well_formed")
+        )
 
 
 def test_stories_are_told_in_many_ways():
     assert len({skeleton(story) for story in demo_world.stories(1000, 0)}) > 950
-    assert skeleton("Mia felt very sad.") == skeleton("Tom felt very sad.") != skeleton("Tom sat down and cried.")
+    assert (
+        skeleton("Mia felt very sad.")
+        == skeleton("Tom felt very sad.")
+        != skeleton("Tom sat down and cried.")
+    )
 
 
 def test_each_flaw_of_the_demonstrations_has_its_published_rate():
     rows = demonstrations(3000)
     values = [qualities(row["prompt"], row["completion"]) for row in rows]
     for flaw, quality in LOWERED_BY.items():
-        assert statistics.mean(v[quality] < 1 for v in values) == pytest.approx(FLAW_RATES[flaw], abs=0.03), flaw
+        assert statistics.mean(v[quality] < 1 for v in values) == pytest.approx(
+            FLAW_RATES[flaw], abs=0.03
+        ), flaw
     assert all(value["well_formed"] == 1 for value in values)
 
 
@@ -138,7 +162,9 @@ def test_a_score_says_next_to_nothing_about_length():
     rows = demonstrations()
     scores = [score(row["prompt"], row["completion"]) for row in rows]
     for length in (len, lambda text: len(text.split()), lambda text: len(parse(text))):
-        assert abs(statistics.correlation(scores, [length(row["completion"]) for row in rows])) < 0.15
+        assert (
+            abs(statistics.correlation(scores, [length(row["completion"]) for row in rows])) < 0.15
+        )
 
 
 @pytest.mark.parametrize("flaw", FLAW_RATES)
@@ -165,7 +191,11 @@ def test_a_story_without_flaws_scores_one():
         ("always spoke in a very small voice", "slept until noon every day", ["trait"]),
         ("Mia felt very sad. ", "", ["feeling"]),
         ('"I will help you," said the owl. ', "", ["dialogue"]),
-        ("The owl found the kite behind a rock.", "The owl fixed the kite with some glue.", ["solved"]),
+        (
+            "The owl found the kite behind a rock.",
+            "The owl fixed the kite with some glue.",
+            ["solved"],
+        ),
         ("The owl found the kite", "The owl found the drum", ["solved", "consistent"]),
         (" Mia learned to ask for help.", "", ["ending"]),
         ("to ask for help.", "to ask for help. Birds sang in the trees.", ["ending"]),
@@ -181,7 +211,12 @@ def test_the_rubric_sees_each_change_to_a_flawless_story(old, new, lowered):
 
 
 def test_a_problem_solved_before_it_came_up_is_not_solved():
-    assert qualities(PROMPT, "At last Mia found the kite under a leaf. On the way home Mia lost a kite.")["solved"] == 0
+    assert (
+        qualities(
+            PROMPT, "At last Mia found the kite under a leaf. On the way home Mia lost a kite."
+        )["solved"]
+        == 0
+    )
 
 
 def test_half_the_problem_counts_half():
@@ -189,7 +224,12 @@ def test_half_the_problem_counts_half():
 
 
 def test_without_a_known_prompt_there_is_no_adherence_but_still_craft():
-    for prompt in ("", "Write a poem about the sea.", PROMPT.replace("Mia", "Zorro"), PROMPT + " Now!"):
+    for prompt in (
+        "",
+        "Write a poem about the sea.",
+        PROMPT.replace("Mia", "Zorro"),
+        PROMPT + " Now!",
+    ):
         values = qualities(prompt, FLAWLESS)
         assert [name for name in QUALITIES if values[name] < 1] == list(PROMPT_ADHERENCE)
 
