@@ -104,6 +104,7 @@ class Out:
         self._last_beat = 0.0
         self._last_shown = 0.0
         self._metrics = job.work / "metrics.jsonl"
+        self._samples = job.work / "samples.jsonl"
 
     def say(self, text: str) -> None:
         """A line for people, from rank 0, on stderr."""
@@ -115,7 +116,9 @@ class Out:
         if self.rank != 0:
             return
         with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(canonical_json({"step": step, **metrics, "time": round(time.time(), 3)}) + "\n")
+            file.write(
+                canonical_json({"step": step, **metrics, "time": round(time.time(), 3)}) + "\n"
+            )
         # every row is in the file; people see one every few seconds, and every evaluation
         is_evaluation = any(key.startswith(_EVALUATION) for key in metrics)
         now = time.monotonic()
@@ -129,16 +132,18 @@ class Out:
         )
         self.say(f"step {step}  {shown}")
 
-    def rewind(self, step: int) -> None:
-        """Forget the metric rows after `step`: the work behind them is going to be done again."""
-        if self.rank != 0 or not self._metrics.exists():
-            return
-        rows = self._metrics.read_text(encoding="utf-8").split("\n")
-        # the last line may be torn by the kill that made the rewind necessary
-        kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]
-        temporary = self._metrics.with_suffix(".tmp")
-        temporary.write_text("".join(row + "\n" for row in kept), encoding="utf-8")
-        os.replace(temporary, self._metrics)
+    def rewind(self, step: int | None) -> None:
+        """Forget the metric rows and sample texts after `step` (None: all): that work is done again."""
+        for path in (self._metrics, self._samples):
+            if self.rank != 0 or not path.exists():
+                continue
+            # behind the last line end stands nothing, or what a kill left of a row, perhaps half a
+            # character
+            rows = path.read_bytes().split(b"\n")[:-1]
+            kept = [row for row in rows if step is not None and json.loads(row)["step"] <= step]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_bytes(b"".join(row + b"\n" for row in kept))
+            os.replace(temporary, path)
 
     def progress(self, done: int, total: int, unit: str = "step") -> None:
         """A heartbeat, at most twice a second: `status` shows it and can tell alive from dead."""

@@ -52,6 +52,9 @@ class Checkpointer:
 
     def _write(self, step: int, tensors: dict[str, Tensors], state: dict[str, Any]) -> None:
         final = self._folder / f"step-{step:08d}"
+        if final.exists() and _damage(final) is None:
+            # a stop right after a save: replacing the folder would leave a moment with neither
+            return
         temporary = self._folder / f"tmp-step-{step:08d}"
         for leftover in self._folder.glob("tmp-*"):
             shutil.rmtree(leftover)
@@ -69,7 +72,10 @@ class Checkpointer:
             shutil.rmtree(final)
         os.replace(temporary, final)
         _fsync(self._folder)
-        for old in sorted(self._folder.glob("step-*"))[: -self._keep]:
+        everything = sorted(self._folder.glob("step-*"))
+        # one behind this step was passed over when the run went on: damaged, and not to be counted
+        kept = [path for path in everything if path.name <= final.name][-self._keep :]
+        for old in (path for path in everything if path not in kept):
             # renamed first: a kill while deleting must not leave half a checkpoint under this name
             doomed = old.with_name(f"tmp-{old.name}")
             os.replace(old, doomed)
@@ -92,7 +98,7 @@ class Checkpointer:
             self._out.rewind(step)
             return Checkpoint(step, tensors, state)
         # rows of a start that never reached a checkpoint
-        self._out.rewind(0)
+        self._out.rewind(None)
         return None
 
 

@@ -39,8 +39,8 @@ from stages.data import is_heldout, read_demonstrations, read_texts
 from stages.generation import generate
 from stages.judging import text_metrics, win_rate
 from stages.models import add_lora, load_causal_lm, load_tokenizer, merge_lora, new_reward_model
-from stages.prompts import PromptIds, encode_prompts, load_prompts, of_split
-from stages.reward_training import encode_rankings, measure, train_reward_model
+from stages.prompts import PromptIds, encode_prompts, load_prompts, longest_prompt, of_split
+from stages.reward_training import encode_rankings, longest_row, measure, train_reward_model
 from stages.rollout import make_sequences, over_responses, response_logprobs, score_all
 
 
@@ -57,9 +57,15 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     accelerator = start(settings, out)
     tokenizer = load_tokenizer(inputs["policy"])
     found = of_split(load_prompts(inputs["prompts"], settings, out), "test", settings)
-    prompts = encode_prompts(found, tokenizer, settings.evaluate.max_prompt_tokens, out)
+    max_tokens = longest_prompt(
+        settings.evaluate.max_prompt_tokens,
+        settings.evaluate.max_response_tokens,
+        inputs["policy"].contract.get("max_length"),
+        out,
+    )
+    prompts = encode_prompts(found, tokenizer, max_tokens, out)
     prompts = prompts[: settings.evaluate.max_prompts]
-    heldout_text = _heldout_text(settings, inputs)
+    heldout_text = _heldout_text(settings, inputs, out)
 
     metrics: Metrics = {"prompts": len(prompts)}
     answers: dict[str, Answers] = {}
@@ -181,26 +187,34 @@ def _kl(
     return (own - ref) / len(prompts)
 
 
-def _heldout_text(settings: Settings, inputs: Inputs) -> list[str]:
+def _heldout_text(settings: Settings, inputs: Inputs, out: Out) -> list[str]:
     """Documents that no stage was trained on, for the perplexity; none if there is no text at all."""
     if "text" not in inputs:
         return []
     if settings.evaluate.text or settings.pretrain.data:
-        texts, _ = read_texts(
+        texts, tally = read_texts(
             inputs["text"].sources, settings.pretrain.text_field, settings.pretrain.max_documents
         )
         everything = settings.evaluate.text is not None
         fraction = settings.pretrain.heldout_fraction
         kept = (text for text in texts if everything or is_heldout(text, fraction))
     else:
-        conversations, _ = read_demonstrations(inputs["text"].sources, settings.sft.max_examples)
+        conversations, tally = read_demonstrations(
+            inputs["text"].sources, settings.sft.max_examples
+        )
         fraction = settings.sft.heldout_fraction
         kept = (
             "\n\n".join(message["content"] for message in conversation)
             for conversation in conversations
             if is_heldout(conversation, fraction)
         )
-    return list(islice(kept, settings.evaluate.max_documents))
+    found = list(islice(kept, settings.evaluate.max_documents))
+    # of text that a stage before has read, its own limit holds: only nothing at all is refused
+    tally.check("evaluate.text", 1.0)
+    if tally.reasons:
+        out.say(f"text for the perplexity: {tally.summary()}")
+        out.derived["documents_dropped"] = dict(tally.reasons)
+    return found
 
 
 @torch.no_grad()
@@ -257,7 +271,10 @@ def _second_reward_model(
     rankings = [
         Ranking.from_row(row) for row in read_jsonl(inputs["rankings"].path / "rankings.jsonl")
     ]
-    max_length = settings.reward.max_length
+    seed = seed_for(settings.run.seed, "evaluate", "judge", out.round)
+    torch.manual_seed(seed)
+    model = new_reward_model(start_from, settings.reward.dropout)
+    max_length = longest_row(settings.reward, model)
     unseen, tally = encode_rankings(
         [r for r in rankings if r.split == "heldout"], tokenizer, max_length
     )
@@ -268,9 +285,6 @@ def _second_reward_model(
             "Raise rank.heldout_fraction, or collect more rankings.",
         )
     out.say(f"judge: training a second reward model on {len(unseen)} held-out rankings")
-    seed = seed_for(settings.run.seed, "evaluate", "judge", out.round)
-    torch.manual_seed(seed)
-    model = new_reward_model(start_from, settings.reward.dropout)
     model = add_lora(model, settings.reward.lora, "reward").to(accelerator.device)
     pad_id, device = tokenizer.pad_token_id, accelerator.device
     train_reward_model(

@@ -299,6 +299,12 @@ def new_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> P
     return config
 
 
+def positions(model: PreTrainedModel) -> int | None:
+    """The longest sequence, in tokens, that a model can read; None where it states no limit."""
+    limit: int | None = getattr(model.config, "max_position_embeddings", None)
+    return limit
+
+
 # ---- adapt ---------------------------------------------------------------------------------
 
 
@@ -383,7 +389,7 @@ def contract_of(
         "bos_id": tokenizer.bos_token_id,
         "eos_id": tokenizer.eos_token_id,
         "pad_id": tokenizer.pad_token_id,
-        "max_length": getattr(model.config, "max_position_embeddings", None) if model else None,
+        "max_length": positions(model) if model else None,
         "padding_side": tokenizer.padding_side,
     }
 

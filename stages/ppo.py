@@ -64,9 +64,10 @@ from stages.models import (
     load_reward_model,
     load_tokenizer,
     merge_lora,
+    positions,
     save_model,
 )
-from stages.prompts import PromptIds, encode_prompts, load_prompts, of_split
+from stages.prompts import PromptIds, encode_prompts, load_prompts, longest_prompt, of_split
 from stages.rollout import ValueModel, in_micro_batches, response_logprobs
 
 
@@ -82,7 +83,12 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     accelerator = start(settings, out)
     models = _load_models(settings, inputs, accelerator)
     prompts = load_prompts(inputs["prompts"], settings, out)
-    max_tokens = settings.ppo.max_prompt_tokens
+    max_tokens = longest_prompt(
+        settings.ppo.max_prompt_tokens,
+        settings.ppo.max_response_tokens,
+        positions(models.reference),
+        out,
+    )
     train, validation = (
         encode_prompts(of_split(prompts, split, settings), models.tokenizer, max_tokens, out)
         for split in ("train", "validation")
@@ -168,8 +174,7 @@ class _Loop:
         )
 
     def run(self) -> None:
-        self._resume()
-        if self.update == 0:
+        if not self._resume():
             # the start is a candidate too: a policy that PPO only harms is not published
             self.out.log(0, self._validate(0))
         while self.update < self.ppo.updates:
@@ -409,10 +414,11 @@ class _Loop:
             {"kl_coef": self.kl_coef, "best_metrics": self.best_metrics, "cost": self.out.cost},
         )
 
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
+        """Whether there was a checkpoint to go on from."""
         found = self.checkpoints.load_latest()
         if found is None:
-            return
+            return False
         device = self.accelerator.device
         load_trainable(self.models.policy, found.tensors["policy"])
         load_trainable(self.models.value, found.tensors["value"])
@@ -423,6 +429,7 @@ class _Loop:
         self.kl_coef = found.state["kl_coef"]
         self.out.cost.update(found.state["cost"])
         self.update = found.step
+        return True
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline import worker
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.job import Inputs, Metrics, Out
 from pipeline.records import canonical_json
 from pipeline.settings import Settings
@@ -61,6 +62,7 @@ from stages.models import (
     load_tokenizer,
     new_causal_lm,
     new_masked_lm,
+    positions,
     save_model,
 )
 from stages.packing import PackedRows, pack_documents
@@ -82,6 +84,7 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     else:
         model = new_causal_lm(settings.model, tokenizer)
     model = model.to(accelerator.device)
+    _check_length(model, own)
     train, heldout = _packed(own, inputs, tokenizer, accelerator, out)
 
     rows_per_rank = exact_div(
@@ -112,6 +115,16 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     return {**last, "parameters": num_parameters, "steps": own.steps}
 
 
+def _check_length(model: PreTrainedModel, own: PretrainSettings) -> None:
+    limit = positions(model)
+    if limit is not None and own.sequence_length > limit:
+        raise ConfigError(
+            f"pretrain.sequence_length {own.sequence_length} is more than the {limit} tokens that"
+            " the model can read",
+            "Lower pretrain.sequence_length, or raise model.max_length of a new model.",
+        )
+
+
 def _packed(
     own: PretrainSettings,
     inputs: Inputs,
@@ -123,9 +136,14 @@ def _packed(
     folder = out.checkpoints / "tokens"
     if out.rank == 0:
         texts, tally = read_texts(inputs["data"].sources, own.text_field, own.max_documents)
-        done = pack_documents(texts, tokenizer, folder, own.heldout_fraction, out.progress)
-        if done is not None:
+
+        def checked() -> Iterator[str]:
+            yield from texts
+            # before the files count as whole: a second start does not read the texts again
             tally.check("pretrain.data", own.max_bad_fraction)
+
+        done = pack_documents(checked(), tokenizer, folder, own.heldout_fraction, out.progress)
+        if done is not None:
             out.say(f"text: {tally.summary()}")
             out.derived["documents_dropped"] = dict(tally.reasons)
     accelerator.wait_for_everyone()

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.job import Input, Out
 from pipeline.records import Prompt, Tally, hash_fraction, read_jsonl
 from pipeline.settings import Settings
@@ -35,7 +35,23 @@ def load_prompts(item: Input, settings: Settings, out: Out) -> list[Prompt]:
 
 
 def of_split(prompts: list[Prompt], split: str, settings: Settings) -> list[Prompt]:
-    """The prompts of one split; where nothing is marked `validation`, a part of train serves."""
+    """The prompts of one split; where nothing is marked `validation`, a part of train serves.
+
+    Raises:
+        DataError: there is none.
+    """
+    found = _of_split(prompts, split, settings)
+    if not found:
+        part = "training" if split == "train" else split
+        raise DataError(
+            f"of {len(prompts)} prompts none is a {part} prompt",
+            f"Give more prompts, mark some with split: {split}, or change"
+            " sample.validation_fraction and sample.test_fraction.",
+        )
+    return found
+
+
+def _of_split(prompts: list[Prompt], split: str, settings: Settings) -> list[Prompt]:
     if any(p.split == "validation" for p in prompts):
         return [p for p in prompts if p.split == split]
     fraction = settings.sample.validation_fraction or 0.1
@@ -45,6 +61,29 @@ def of_split(prompts: list[Prompt], split: str, settings: Settings) -> list[Prom
         return "validation" if held_back else p.split
 
     return [p for p in prompts if split_of(p) == split]
+
+
+def longest_prompt(
+    max_prompt_tokens: int, max_response_tokens: int, positions: int | None, out: Out
+) -> int:
+    """Tokens that a prompt may have: by the setting, and by what the model can read in all.
+
+    Raises:
+        ConfigError: a response alone may take all of it.
+    """
+    left = max_prompt_tokens if positions is None else positions - max_response_tokens
+    if left < 1:
+        raise ConfigError(
+            f"{out.step}: max_response_tokens {max_response_tokens} leaves no room for a prompt in"
+            f" the {positions} tokens that the model can read",
+            "Lower it, or raise model.max_length of a new model.",
+        )
+    if left < max_prompt_tokens:
+        out.say(
+            f"prompts of at most {left} tokens: the model can read {positions}, and a response may"
+            f" take {max_response_tokens}"
+        )
+    return min(left, max_prompt_tokens)
 
 
 def encode_prompts(
@@ -66,7 +105,8 @@ def encode_prompts(
         encoded.append(PromptIds(prompt, ids))
     if tally.reasons:
         out.say(f"prompts: {tally.summary()}")
-        out.derived["prompts_too_long"] = tally.dropped
+        before = out.derived.get("prompts_too_long", 0)
+        out.derived["prompts_too_long"] = before + tally.dropped
     if not encoded:
         raise DataError(
             f"{out.step}: no prompt is left: {tally.summary()}", "Raise max_prompt_tokens."

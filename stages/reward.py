@@ -36,7 +36,13 @@ from stages.models import (
     new_reward_model,
     save_model,
 )
-from stages.reward_training import RankedRows, encode_rankings, measure, train_reward_model
+from stages.reward_training import (
+    RankedRows,
+    encode_rankings,
+    longest_row,
+    measure,
+    train_reward_model,
+)
 from stages.rollout import score_all
 
 _NORMALISE_ON = 1024
@@ -49,11 +55,11 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     rankings = [
         Ranking.from_row(row) for row in read_jsonl(inputs["rankings"].path / "rankings.jsonl")
     ]
-    train, heldout = _split(rankings, tokenizer, settings, out)
-
     seed = seed_for(settings.run.seed, "reward", out.round)
     torch.manual_seed(seed)
     model = new_reward_model(inputs["model"], settings.reward.dropout)
+    max_length = longest_row(settings.reward, model)
+    train, heldout = _split(rankings, tokenizer, max_length, out)
     model = add_lora(model, settings.reward.lora, "reward").to(accelerator.device)
     pad_id = tokenizer.pad_token_id
 
@@ -74,7 +80,7 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     )
 
     model.eval()
-    rows = _rows_to_normalise_on(inputs, rankings, tokenizer, settings)
+    rows = _rows_to_normalise_on(inputs, rankings, tokenizer, max_length)
     scores = score_all(model, rows, pad_id, accelerator.device)
     mean, std = float(scores.mean()), float(scores.std(unbiased=False))
     if not std > 0:
@@ -109,12 +115,12 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
 
 
 def _split(
-    rankings: list[Ranking], tokenizer: PreTrainedTokenizerBase, settings: Settings, out: Out
+    rankings: list[Ranking], tokenizer: PreTrainedTokenizerBase, max_length: int, out: Out
 ) -> tuple[list[RankedRows], list[RankedRows]]:
     parts = []
     for split in ("train", "heldout"):
         own = [r for r in rankings if r.split == split]
-        encoded, tally = encode_rankings(own, tokenizer, settings.reward.max_length)
+        encoded, tally = encode_rankings(own, tokenizer, max_length)
         out.say(f"{split} rankings: {tally.summary()}")
         out.derived[f"{split}_rankings_dropped"] = dict(tally.reasons)
         if not encoded:
@@ -130,7 +136,7 @@ def _rows_to_normalise_on(
     inputs: Inputs,
     rankings: list[Ranking],
     tokenizer: PreTrainedTokenizerBase,
-    settings: Settings,
+    max_length: int,
 ) -> list[list[int]]:
     """Prompt + response rows of sft samples or, where nothing was sampled, of the rankings."""
     if "samples" in inputs and inputs["samples"].path is not None:
@@ -147,7 +153,7 @@ def _rows_to_normalise_on(
         encode_prompt(tokenizer, messages) + encode_completion(tokenizer, text, eos=ended)
         for messages, text, ended in pairs
     )
-    return [row for row in rows if len(row) <= settings.reward.max_length]
+    return [row for row in rows if len(row) <= max_length]
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from scipy.stats import kendalltau
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.job import Metrics, Out
 from pipeline.records import Ranking, Tally
@@ -39,6 +39,7 @@ from stages.common import (
     sum_over_ranks,
     warmup_cosine,
 )
+from stages.models import positions
 from stages.rollout import last_token_scores, score_all
 
 
@@ -49,6 +50,11 @@ class RankedRows(NamedTuple):
     ranks: list[int]
     response_tokens: list[int]
     prompt_id: str
+
+
+def longest_row(settings: RewardSettings, model: PreTrainedModel) -> int:
+    """Tokens of prompt and response: by the setting, and by what the model can read."""
+    return min(settings.max_length, positions(model) or settings.max_length)
 
 
 def encode_rankings(
@@ -63,7 +69,7 @@ def encode_rankings(
         fits = [i for i, ids in enumerate(responses) if len(prompt) + len(ids) <= max_length]
         if len(fits) < len(responses):
             lost = len(responses) - len(fits)
-            tally.reasons[f"response longer than reward.max_length {max_length}"] += lost
+            tally.reasons[f"response longer than {max_length} tokens with its prompt"] += lost
         ranks = [ranking.ranks[i] for i in fits]
         if len(fits) < 2:
             tally.drop("fewer than two responses fit", ranking.id)

@@ -30,8 +30,8 @@ from pipeline.settings import Settings
 from stages.chat import decode_response
 from stages.common import epoch_order, seed_for, start, stop_if_asked
 from stages.generation import Generated, generate
-from stages.models import load_causal_lm, load_tokenizer
-from stages.prompts import PromptIds, encode_prompts, load_prompts, of_split
+from stages.models import load_causal_lm, load_tokenizer, positions
+from stages.prompts import PromptIds, encode_prompts, load_prompts, longest_prompt, of_split
 
 _PROMPTS_PER_PART = 64
 
@@ -48,9 +48,13 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     picked = epoch_order(
         len(train), (out.round - 1) * count, count, settings.run.seed, "sample", "prompts"
     )
-    encoded = encode_prompts(
-        [train[i] for i in picked], tokenizer, settings.sample.max_prompt_tokens, out
+    max_tokens = longest_prompt(
+        settings.sample.max_prompt_tokens,
+        settings.sample.max_response_tokens,
+        positions(model),
+        out,
     )
+    encoded = encode_prompts([train[i] for i in picked], tokenizer, max_tokens, out)
     parts = _sample_parts(settings, encoded, model, tokenizer, accelerator, out)
 
     if out.rank == 0:
@@ -79,8 +83,10 @@ def _sample_parts(
         out.say(f"continuing: {done} of {len(parts)} parts are already sampled")
         out.resumed_from = done
     for number, at in enumerate(starts):
-        # every rank comes by here equally often, so that all agree on when to stop
-        stop_if_asked(accelerator, out, lambda: None)
+        # the ranks meet once in as many parts as there are ranks; before every part, all would wait
+        # for the one whose turn it is
+        if number % accelerator.num_processes == 0:
+            stop_if_asked(accelerator, out, lambda: None)
         if number % accelerator.num_processes != accelerator.process_index:
             continue
         if not parts[number].exists():

@@ -13,9 +13,7 @@ lr, trained_tokens (of one pass over the examples), examples, heldout_examples, 
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import warnings
 from dataclasses import dataclass
 
@@ -49,6 +47,7 @@ from stages.models import (
     load_causal_lm,
     load_tokenizer,
     merge_lora,
+    positions,
     repairs_of,
     save_model,
 )
@@ -103,7 +102,7 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     if checkpoint:
         out.say(f"continuing from {checkpoint.name}")
         out.resumed_from = done
-    _rewind(out, done)
+    out.rewind(done if checkpoint else None)
     out.say(f"{num_parameters:,} parameters, {steps} steps on {len(examples.train)} examples")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if callback.stopped:
@@ -131,7 +130,7 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
 
 
 def _check_length(model: PreTrainedModel, settings: Settings) -> None:
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = positions(model)
     if limit is not None and settings.sft.max_length > limit:
         raise ConfigError(
             f"sft.max_length {settings.sft.max_length} is more than the {limit} tokens that the"
@@ -382,20 +381,6 @@ def _show(
             text = decode_response(tokenizer, generated.tokens)
             row = {"step": step, "prompt": prompt[-1]["content"], "text": text}
             file.write(canonical_json(row) + "\n")
-
-
-def _rewind(out: Out, step: int) -> None:
-    """Forget metric rows and samples of work that is going to be done again."""
-    out.rewind(step)
-    samples = out.work / "samples.jsonl"
-    if out.rank != 0 or not samples.exists():
-        return
-    # the last line may be torn
-    lines = [line for line in samples.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    temporary = samples.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, samples)
 
 
 if __name__ == "__main__":

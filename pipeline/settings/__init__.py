@@ -52,11 +52,23 @@ class Settings(Strict):
             raise ValueError(
                 "there is nothing to start from: set model.base to a model, or pretrain.data to text"
             )
-        if self.pretrain.objective == "masked" and (self.sft.data or self.sample.prompts):
-            raise ValueError(
-                "pretrain.objective: masked trains an encoder, which cannot feed sft or sample;"
-                " use causal, or remove sft.data and sample.prompts"
-            )
+        if self.pretrain.objective == "masked":
+            if self.sft.data or self.sample.prompts or self.rank.data:
+                raise ValueError(
+                    "pretrain.objective: masked trains an encoder, which cannot feed sft or sample, nor"
+                    " reward; use causal, or remove sft.data, sample.prompts and rank.data"
+                )
+            if self.model.base and self.pretrain.data:
+                raise ValueError(
+                    "pretrain.objective: masked trains from scratch only; remove model.base"
+                )
         if self.run.rounds > 1 and self.sample.prompts is None:
             raise ValueError("run.rounds above 1 needs sample.prompts to sample from")
+        rows = self.ppo.minibatch_rows or self.ppo.prompts_per_step
+        # ppo comes last: hours later would be too late to say so
+        if (self.sample.prompts or self.rank.data) and rows % self.launch.processes:
+            raise ValueError(
+                f"launch.processes {self.launch.processes} does not divide the {rows} rows of a"
+                " minibatch of ppo (ppo.minibatch_rows, or else ppo.prompts_per_step)"
+            )
         return self

@@ -18,5 +18,3 @@ class LaunchSettings(Strict):
     """A rank that others wait for longer than this is given up."""
     keep_checkpoints: int = unhashed(2, ge=1)
     """Checkpoints kept per step; older ones are deleted after a new one is safe on disk."""
-
-

@@ -73,7 +73,12 @@ class PpoSettings(Strict):
     """Save a checkpoint every so many updates."""
 
     @model_validator(mode="after")
-    def _minibatches_divide(self) -> PpoSettings:
+    def _fits_together(self) -> PpoSettings:
+        if self.lora.dropout > 0:
+            raise ValueError(
+                "lora.dropout must be 0 in ppo: dropout would change the probability ratio of an"
+                " unchanged policy"
+            )
         if self.minibatch_rows and self.prompts_per_step % self.minibatch_rows:
             raise ValueError(
                 f"minibatch_rows {self.minibatch_rows} does not divide"

@@ -97,6 +97,42 @@ def test_metric_rows_after_the_checkpoint_are_forgotten(out: Out) -> None:
     assert ['"step":1' in rows[0], '"step":2' in rows[1], len(rows)] == [True, True, 2]
 
 
+def test_a_start_that_reached_no_checkpoint_leaves_no_rows(out: Out) -> None:
+    # ppo measures its start as step 0, before anything is saved
+    out.log(0, {"validation_score": 1.0})
+    (out.work / "samples.jsonl").write_text('{"step":0,"text":"a"}\n')
+    assert Checkpointer(out, 2).load_latest() is None
+    assert (out.work / "metrics.jsonl").read_text() == ""
+    assert (out.work / "samples.jsonl").read_text() == ""
+
+
+def test_texts_of_work_that_is_done_again_are_forgotten_like_its_numbers(out: Out) -> None:
+    kept = '{"step":2,"text":"a\\nb}\u2028 c"}\n'
+    # torn behind a brace, and in the middle of a character
+    torn = '{"step":4,"text":"{}é'.encode()[:-1]
+    (out.work / "samples.jsonl").write_bytes((kept + '{"step":3,"text":"b"}\n').encode() + torn)
+    save(out, 2)
+    Checkpointer(out, 2).load_latest()
+    assert (out.work / "samples.jsonl").read_text() == kept
+
+
+def test_a_damaged_newer_checkpoint_never_costs_the_one_just_written(out: Out) -> None:
+    save(out, 1, keep=1)
+    save(out, 3, keep=1)
+    (out.checkpoints / "step-00000003" / "state.json").unlink()
+    save(out, 2, keep=1)
+    assert names(out) == ["step-00000002"]
+
+
+def test_a_whole_checkpoint_of_the_same_step_is_left_alone(
+    out: Out, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(out, 1)
+    monkeypatch.setattr("stages.checkpoints.os.replace", lambda *_: pytest.fail("written again"))
+    save(out, 1)
+    assert names(out) == ["step-00000001"]
+
+
 def test_training_goes_on_bit_for_bit_after_a_reload() -> None:
     def steps(model: nn.Module, optimizer: torch.optim.Optimizer, begin: int, end: int) -> None:
         for step in range(begin, end):

@@ -1,11 +1,21 @@
-"""Packed rows: a document does not see the one before it, on RoPE and on learned positions."""
+"""Packed rows: a document does not see the one before it, on RoPE and on learned positions; and
+what pretraining refuses."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from pipeline.errors import ConfigError, DataError
+from pipeline.job import Input, Job, Out
+from pipeline.settings import Settings
+from stages import pretrain
+from stages import tokenizer as tokenizer_stage
+from stages.models import save_model
 from stages.pretrain import document_positions
 
 END = 2
@@ -48,3 +58,36 @@ def test_packed_documents_get_the_logits_that_they_get_alone(kind: str, training
         blind = model(input_ids=packed, use_cache=False).logits
     torch.testing.assert_close(together[:, 9:], alone, atol=1e-4, rtol=1e-4)
     assert (blind[:, 9:] - alone).abs().max() > 0.1, "the models must be sharp enough to tell"
+
+
+def start(work: Path, bad_rows: int, **own: int) -> None:
+    """Pretraining on 40 documents and some rows without a text, as far as it gets."""
+    rows = [json.dumps({"text": f"document {i} " * 20}) for i in range(40)] + ["{}"] * bad_rows
+    data = work / "text.jsonl"
+    data.write_text("\n".join(rows))
+    save_model(None, tokenizer_stage.train((f"document {i}" for i in range(40)), 300, 2), work)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_length": 64}
+    settings = Settings.model_validate(
+        {
+            "model": {**shape, "precision": "fp32"},
+            "pretrain": {"data": str(data), "heldout_fraction": 0.3, "steps": 1, **own},
+        }
+    )
+    inputs = {
+        "tokenizer": Input("tokenizer", "sha256:1", path=work),
+        "data": Input("data", "sha256:2", sources=(str(data),)),
+    }
+    job = Job("pretrain", "pretrain", "stages.pretrain", 1, "f", work, work, {}, inputs, {})
+    (work / "checkpoints").mkdir(exist_ok=True)
+    pretrain.run(settings, inputs, Out(job))
+
+
+def test_data_with_too_many_bad_rows_is_refused_a_second_time_as_well(tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(DataError, match="40 of 80 rows cannot be used"):
+            start(tmp_path, bad_rows=40, sequence_length=32)
+
+
+def test_rows_longer_than_the_model_can_read_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="sequence_length 65 is more than the 64 tokens"):
+        start(tmp_path, bad_rows=0, sequence_length=65)

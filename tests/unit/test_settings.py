@@ -51,3 +51,21 @@ def test_batches_that_do_not_divide_are_refused():
         Settings.model_validate(
             {"pretrain": {"data": "a"}, "ppo": {"minibatch_rows": 7, "prompts_per_step": 64}}
         )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"pretrain": {"objective": "masked"}, "rank": {"data": "r"}}, "nor reward"),
+        ({"pretrain": {"objective": "masked"}, "model": {"base": "b"}}, "from scratch only"),
+        ({"ppo": {"lora": {"rank": 4, "dropout": 0.1}}}, "lora.dropout must be 0 in ppo"),
+        (
+            {"launch": {"processes": 3}, "rank": {"data": "r"}},
+            "launch.processes 3 does not divide the 64 rows of a minibatch of ppo",
+        ),
+    ],
+)
+def test_settings_that_cannot_work_together_are_refused_before_anything_starts(given, message):
+    given["pretrain"] = {"data": "a.txt", **given.get("pretrain", {})}
+    with pytest.raises(ValidationError, match=message):
+        Settings.model_validate(given)
