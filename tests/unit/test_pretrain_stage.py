@@ -60,7 +60,7 @@ def test_packed_documents_get_the_logits_that_they_get_alone(kind: str, training
     assert (blind[:, 9:] - alone).abs().max() > 0.1, "the models must be sharp enough to tell"
 
 
-def start(work: Path, bad_rows: int, **own: int) -> None:
+def start(work: Path, bad_rows: int, architecture: str = "llama", **own: int) -> None:
     """Pretraining on 40 documents and some rows without a text, as far as it gets."""
     rows = [json.dumps({"text": f"document {i} " * 20}) for i in range(40)] + ["{}"] * bad_rows
     data = work / "text.jsonl"
@@ -69,7 +69,7 @@ def start(work: Path, bad_rows: int, **own: int) -> None:
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_length": 64}
     settings = Settings.model_validate(
         {
-            "model": {**shape, "precision": "fp32"},
+            "model": {**shape, "architecture": architecture, "precision": "fp32"},
             "pretrain": {"data": str(data), "heldout_fraction": 0.3, "steps": 1, **own},
         }
     )
@@ -91,3 +91,17 @@ def test_data_with_too_many_bad_rows_is_refused_a_second_time_as_well(tmp_path: 
 def test_rows_longer_than_the_model_can_read_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="sequence_length 65 is more than the 64 tokens"):
         start(tmp_path, bad_rows=0, sequence_length=65)
+
+
+@pytest.mark.parametrize("architecture", ["opt", "mamba"])
+def test_a_model_that_cannot_keep_documents_apart_is_refused(
+    tmp_path: Path, architecture: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"a {architecture} model cannot keep the documents"):
+        start(tmp_path, bad_rows=0, architecture=architecture, sequence_length=32)
+    start(tmp_path, 0, architecture, sequence_length=32, isolate_documents=False)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_model_that_can_is_not(tmp_path: Path, architecture: str) -> None:
+    start(tmp_path, bad_rows=0, architecture=architecture, sequence_length=32)
