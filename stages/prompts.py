@@ -109,6 +109,7 @@ def encode_prompts(
         out.derived["prompts_too_long"] = before + tally.dropped
     if not encoded:
         raise DataError(
-            f"{out.step}: no prompt is left: {tally.summary()}", "Raise max_prompt_tokens."
+            f"{out.step}: no prompt is left: {tally.summary()}",
+            "Raise max_prompt_tokens; where the model cannot read more, lower max_response_tokens.",
         )
     return encoded
