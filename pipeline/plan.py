@@ -97,13 +97,16 @@ def plan(settings: Settings) -> list[Step]:
     before_sft = model
     if settings.sft.data:
         model = add(
-            "sft", 1, {"model": model}, {"model": None if model else base, "data": settings.sft.data}
+            "sft",
+            1,
+            {"model": model},
+            {"model": None if model else base, "data": settings.sft.data},
         )
     sft = model
     if not (settings.sample.prompts or settings.rank.data):
         return steps
 
-    samples = rankings = None
+    samples = first_samples = rankings = None
     policy = sft
     for round in range(1, settings.run.rounds + 1):
         if settings.sample.prompts:
@@ -113,6 +116,7 @@ def plan(settings: Settings) -> list[Step]:
                 {"model": policy},
                 {"model": None if policy else base, "prompts": settings.sample.prompts},
             )
+        first_samples = first_samples or samples
         rankings = add(
             "rank",
             round,
@@ -122,7 +126,8 @@ def plan(settings: Settings) -> list[Step]:
         reward = add(
             "reward",
             round,
-            {"model": sft, "rankings": rankings, "samples": samples},
+            # scores are normalised on sft samples in every round, so that kl_coef keeps its meaning
+            {"model": sft, "rankings": rankings, "samples": first_samples},
             {"model": None if sft else base},
         )
         policy = add(
@@ -147,7 +152,6 @@ def plan(settings: Settings) -> list[Step]:
                 "policy": policy,
                 "sft": sft,
                 "base": before_sft if before_sft != sft else None,
-                "reward_model": reward,
                 "rankings": rankings,
                 "prompts": None if settings.evaluate.prompts else samples or rankings,
             },

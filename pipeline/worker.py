@@ -107,7 +107,8 @@ def run_jobs(folder: Path) -> int:
     while True:
         file = folder / f"{number:03d}.json"
         if file.exists():
-            code = run_file(file)
+            # the parent tells people what went wrong; it reads the `.error` file
+            code = run_file(file, tell=False)
             if code != EXIT_DONE:
                 return code
             number += 1
@@ -119,16 +120,16 @@ def run_jobs(folder: Path) -> int:
             time.sleep(_POLL_SECONDS)
 
 
-def run_file(file: Path) -> int:
-    """Run the job in `file`, and tell how it went: beside it for the parent, on stderr for people."""
+def run_file(file: Path, tell: bool = True) -> int:
+    """Run the job in `file`, and note how it went beside it; `tell` says it on stderr as well."""
     rank = int(os.environ.get("RANK", "0"))
     job = Job.from_json(file.read_text(encoding="utf-8"))
     try:
         run_job(job, rank, int(os.environ.get("WORLD_SIZE", "1")))
     except ToolkitError as error:
-        return _report(file, error)
+        return _report(file, error, tell)
     except Exception as error:  # noqa: BLE001 - the last place where anything can be told
-        return _report(file, _summarise(error, job, rank))
+        return _report(file, _summarise(error, job, rank), tell)
     if rank == 0:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -201,8 +202,9 @@ def plain(value: Any, what: str) -> Any:
 # ---- how it went ---------------------------------------------------------------------------
 
 
-def _report(file: Path, error: ToolkitError) -> int:
-    print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+def _report(file: Path, error: ToolkitError, tell: bool) -> int:
+    if tell:
+        print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
     row = {"exit_code": error.exit_code, "message": error.message, "hint": error.hint}
     # the first rank that fails knows the cause; the others only lost their partner
     try:

@@ -84,7 +84,8 @@ class Run:
     def events(self) -> list[dict[str, Any]]:
         """The history; a line torn by a kill is left out."""
         try:
-            lines = (self.path / EVENTS_FILE).read_text(encoding="utf-8").splitlines()
+            # bytes: a kill may tear a line inside a character
+            lines = (self.path / EVENTS_FILE).read_bytes().split(b"\n")
         except OSError:
             return []
         rows = []

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
@@ -20,6 +20,12 @@ from pipeline import worker
 from pipeline.errors import ConfigError, StageError, Stopped
 from pipeline.job import Out
 from pipeline.settings import Settings
+
+_KINDS = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+)
 
 
 def start(settings: Settings, out: Out) -> Accelerator:
@@ -44,6 +50,13 @@ def start(settings: Settings, out: Out) -> Accelerator:
             f"{out.step}: {out.world_size} processes were started, but Accelerate sees"
             f" {accelerator.num_processes}",
             "Check launch.profile and launch.processes.",
+        )
+    if accelerator.distributed_type not in _KINDS:
+        # DDP only: the loops build their optimisers on the whole, unsharded model
+        raise ConfigError(
+            f"launch.profile asks for {accelerator.distributed_type.value}, which the stages cannot"
+            " use yet",
+            "Use a profile of plain data parallelism (MULTI_GPU, MULTI_CPU).",
         )
     return accelerator
 

@@ -229,12 +229,15 @@ def _demonstrations(
 
 
 def read_prompts(
-    sources: Iterable[str], validation_fraction: float, test_fraction: float
+    sources: Iterable[str],
+    validation_fraction: float,
+    test_fraction: float,
+    unmarked: str | None = None,
 ) -> tuple[list[Prompt], Tally]:
     """The different prompts of the sources with their splits, in the order of the files.
 
-    A row's own `split` counts if it is train, validation or test; otherwise a hash of the prompt
-    decides. Repeats are merged and counted; where they name different splits, the one that is
+    A row's own `split` counts if it is train, validation or test; otherwise `unmarked` or, without
+    it, a hash of the prompt decides. Repeats are merged and counted; where they name different splits, the one that is
     further from training wins, so that no prompt is both trained on and evaluated.
     """
     if validation_fraction + test_fraction >= 1:
@@ -252,7 +255,7 @@ def read_prompts(
             continue
         own = row.get("split") if isinstance(row, dict) else None
         by_hash = _split_by_hash(messages, validation_fraction, test_fraction)
-        prompt = Prompt(messages, own if own in SPLITS else by_hash)
+        prompt = Prompt(messages, own if own in SPLITS else unmarked or by_hash)
         before = found.get(prompt.id)
         if before is None:
             tally.use()

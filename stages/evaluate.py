@@ -1,6 +1,6 @@
 """evaluate: policy against sft (and base) on prompts that no stage was trained on.
 
-Reads: `policy`, `sft`, `base` where there is one, `reward_model`, `rankings`, `prompts`, `text`.
+Reads: `policy`, `sft`, `base` where there is one, `rankings`, `prompts`, `text`.
 Writes an `evaluation`: `evaluation.json` and `comparisons.jsonl` (the answers side by side).
 
     prefline evaluate RUN evaluate.max_prompts=500
@@ -56,7 +56,9 @@ class Answers(NamedTuple):
 def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     accelerator = start(settings, out)
     tokenizer = load_tokenizer(inputs["policy"])
-    found = of_split(load_prompts(inputs["prompts"], settings, out), "test", settings)
+    found = of_split(
+        load_prompts(inputs["prompts"], settings, out, unmarked="test"), "test", settings
+    )
     max_tokens = longest_prompt(
         settings.evaluate.max_prompt_tokens,
         settings.evaluate.max_response_tokens,

@@ -134,7 +134,13 @@ def _score(
     values_BR = over_responses(
         lambda b: models.value(b.tokens_BT, b.predict_BR), batch, ppo.rows_per_rank
     )
-    rows = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    # the reward model was trained on responses that all have an end token; that a response was cut is
+    # the penalty's business
+    end = [models.tokenizer.eos_token_id]
+    rows = [
+        prompt + g.tokens + ([] if g.ended else end)
+        for prompt, g in zip(prompts, generated, strict=True)
+    ]
     raw_B = score_all(models.reward, rows, pad_id, device, ppo.rows_per_rank)
     scores_B = (raw_B - models.score_mean) / models.score_std
     scores_B = scores_B.clamp(-ppo.score_clip, ppo.score_clip)

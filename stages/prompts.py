@@ -21,12 +21,20 @@ class PromptIds(NamedTuple):
     ids: list[int]
 
 
-def load_prompts(item: Input, settings: Settings, out: Out) -> list[Prompt]:
-    """All prompts with their splits, in the order of the file; says what could not be used."""
+def load_prompts(
+    item: Input, settings: Settings, out: Out, unmarked: str | None = None
+) -> list[Prompt]:
+    """All prompts with their splits, in the order of the file; says what could not be used.
+
+    unmarked: the split of rows that name none; without it a hash of the prompt decides.
+    """
     if item.path is not None:
         return [Prompt.from_row(row) for row in read_jsonl(item.path / "prompts.jsonl")]
     prompts, tally = read_prompts(
-        item.sources, settings.sample.validation_fraction, settings.sample.test_fraction
+        item.sources,
+        settings.sample.validation_fraction,
+        settings.sample.test_fraction,
+        unmarked,
     )
     tally.check("prompts", settings.sample.max_bad_fraction)
     out.say(f"prompts: {tally.summary()}")
@@ -37,10 +45,13 @@ def load_prompts(item: Input, settings: Settings, out: Out) -> list[Prompt]:
 def of_split(prompts: list[Prompt], split: str, settings: Settings) -> list[Prompt]:
     """The prompts of one split; where nothing is marked `validation`, a part of train serves.
 
+    In the order of their ids, which are hashes: the first N of a file sorted by topic would be
+    judged on its first topic.
+
     Raises:
         DataError: there is none.
     """
-    found = _of_split(prompts, split, settings)
+    found = sorted(_of_split(prompts, split, settings), key=lambda prompt: prompt.id)
     if not found:
         part = "training" if split == "train" else split
         raise DataError(

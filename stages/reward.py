@@ -144,14 +144,14 @@ def _rows_to_normalise_on(
             SampleGroup.from_row(row)
             for row in read_jsonl(inputs["samples"].path / "samples.jsonl")
         ]
-        pairs = [(list(g.prompt.messages), r.text, r.ended) for g in groups for r in g.responses]
+        pairs = [(list(g.prompt.messages), r.text) for g in groups for r in g.responses]
     else:
-        pairs = [(list(r.messages), text, True) for r in rankings for text in r.responses]
+        pairs = [(list(r.messages), text) for r in rankings for text in r.responses]
     # evenly over the whole set, not its beginning
     pairs = pairs[:: max(1, len(pairs) // _NORMALISE_ON)]
     rows = (
-        encode_prompt(tokenizer, messages) + encode_completion(tokenizer, text, eos=ended)
-        for messages, text, ended in pairs
+        encode_prompt(tokenizer, messages) + encode_completion(tokenizer, text, eos=True)
+        for messages, text in pairs
     )
     return [row for row in rows if len(row) <= max_length]
 

@@ -62,6 +62,18 @@ class Settings(Strict):
                 raise ValueError(
                     "pretrain.objective: masked trains from scratch only; remove model.base"
                 )
+        invented = all(s.startswith("demo:") for s in self.sample.prompts or ("",))
+        if self.rank.by == "simulated" and self.sample.prompts and not invented:
+            raise ValueError(
+                "rank.by: simulated annotators know the demo world's rubric only, so they need"
+                " sample.prompts: demo:prompts; use rank.by: people, or import rankings (rank.data)"
+            )
+        judged = self.evaluate.prompts or self.sample.prompts or ("",)
+        if self.evaluate.judge == "rubric" and not all(s.startswith("demo:") for s in judged):
+            raise ValueError(
+                "evaluate.judge: rubric knows the demo world's prompts only; use"
+                " evaluate.judge: reward_model"
+            )
         if self.run.rounds > 1 and self.sample.prompts is None:
             raise ValueError("run.rounds above 1 needs sample.prompts to sample from")
         rows = self.ppo.minibatch_rows or self.ppo.prompts_per_step

@@ -59,7 +59,7 @@ def test_an_inexact_division_names_the_setting() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite_stops_the_stage_and_names_the_step(value: float) -> None:
     check_finite(7, "pretrain", loss=1.0, grad_norm=2.0)
-    with pytest.raises(StageError, match="pretrain: loss is .* at step 7"):
+    with pytest.raises(StageError, match=r"pretrain: loss is .* at step 7"):
         check_finite(7, "pretrain", loss=value)
 
 

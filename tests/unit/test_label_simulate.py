@@ -1,6 +1,5 @@
 """Simulated annotators: like people at the door, like a formula behind it."""
 
-
 import pytest
 import sqlalchemy as sa
 

@@ -139,9 +139,7 @@ def test_value_loss_counts_the_larger_of_the_clipped_and_the_plain_error() -> No
     one = torch.ones(1, 1)
 
     def loss(value: float, old: float, target: float) -> float:
-        return ppo_math.value_loss(
-            one * value, one * old, one * target, one.bool(), 0.2, 1
-        ).item()
+        return ppo_math.value_loss(one * value, one * old, one * target, one.bool(), 0.2, 1).item()
 
     assert loss(1.0, 0.0, 1.0) == pytest.approx(0.5 * 0.8**2)  # moved too far: clipped counts
     assert loss(0.1, 0.0, 1.0) == pytest.approx(0.5 * 0.9**2)  # within the clip: plain
