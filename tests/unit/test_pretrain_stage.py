@@ -16,7 +16,7 @@ from pipeline.settings import Settings
 from stages import pretrain
 from stages import tokenizer as tokenizer_stage
 from stages.models import save_model
-from stages.pretrain import document_positions
+from stages.objectives import document_positions
 
 END = 2
 
