@@ -156,6 +156,10 @@ def adamw(
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), eps=eps, fused=True)
 
 
+def num_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr

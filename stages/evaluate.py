@@ -34,7 +34,7 @@ from pipeline.job import Input, Inputs, Metrics, Out
 from pipeline.records import Prompt, Ranking, read_jsonl, write_jsonl
 from pipeline.settings import Settings
 from stages.chat import decode_response, encode_completion, encode_prompt
-from stages.common import gather_list, own_share, seed_for, start, stop_if_asked
+from stages.common import gather_list, num_parameters, own_share, seed_for, start, stop_if_asked
 from stages.data import is_heldout, read_demonstrations, read_texts
 from stages.generation import generate
 from stages.judging import text_metrics, win_rate
@@ -163,7 +163,10 @@ def _answer(
             write_jsonl(temporary, rows)
             os.replace(temporary, kept)
         accelerator.wait_for_everyone()
-    out.cost["tokens"] += sum(len(row["tokens"]) for row in rows)
+    written = sum(len(row["tokens"]) for row in rows)
+    read = sum(len(prompt.ids) for prompt in prompts)
+    out.cost["tokens"] += written
+    out.cost["flops"] += 2.0 * num_parameters(model) * (read + written)
     return Answers(*([row[key] for row in rows] for key in ("text", "tokens", "logprobs", "ended")))
 
 

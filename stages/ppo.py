@@ -47,6 +47,7 @@ from stages.common import (
     epoch_order,
     exact_div,
     gather_list,
+    num_parameters,
     permutation,
     seed_for,
     set_lr,
@@ -157,6 +158,10 @@ class _Loop:
         self.policy_optimizer = adamw(models.policy, ppo.lr, 0.0, eps=1e-5)
         self.value_optimizer = adamw(models.value, ppo.value_lr or ppo.lr, 0.0, eps=1e-5)
         self.checkpoints = Checkpointer(out, settings.launch.keep_checkpoints, accelerator)
+        self.sizes = {
+            "policy": num_parameters(models.policy),
+            "value": num_parameters(models.value),
+        }
         self.kl_coef = ppo.kl_coef
         self.update = 0
         self.best: Tensors = {}
@@ -191,6 +196,7 @@ class _Loop:
             ).item()
             # 4 optimise
             row |= self._optimise(experience)
+            self._spend(rollout, 6 * self.ppo.epochs * sum(self.sizes.values()))
             check_finite(self.update + 1, "ppo", **row)
             self.update += 1
             if self.ppo.kl_control == "adaptive":
@@ -229,7 +235,13 @@ class _Loop:
         seeds = [self._seed(*purpose, i) for i in range(len(prompts))]
         rollout = roll_out(self.models, [p.ids for p in prompts], seeds, self.ppo, self.accelerator)
         self.out.cost["tokens"] += int(rollout.batch.response_tokens_B.sum())
+        # the policy reads each token once while it decodes, the other three score it
+        self._spend(rollout, 2 * self.sizes["policy"] + 6 * self.sizes["value"])
         return rollout
+
+    def _spend(self, rollout: Rollout, flops_per_token: int) -> None:
+        lengths_B = rollout.batch.prompt_tokens_B + rollout.batch.response_tokens_B
+        self.out.cost["flops"] += float(lengths_B.sum()) * flops_per_token
 
     def _experience(self, rollout: Rollout) -> Experience:
         valid_BR = rollout.batch.valid_BR
@@ -373,7 +385,8 @@ class _Loop:
         rollout = self._roll_out(self.validation, "validation")
         row = self._rollout_metrics(rollout)
         # the fixed coefficient: an adaptive one would compare updates by different measures
-        reward = row["score"] - self.ppo.kl_coef * row["kl"]
+        # and an estimate below 0, which few prompts can give, is no bonus
+        reward = row["score"] - self.ppo.kl_coef * max(row["kl"], 0.0)
         found = {
             "validation_score": row["score"],
             "validation_kl": row["kl"],

@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline import worker
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, Stopped
 from pipeline.job import Inputs, Metrics, Out
 from pipeline.records import canonical_json
 from pipeline.settings import Settings
@@ -44,6 +44,7 @@ from stages.common import (
     clip_gradients,
     epoch_order,
     exact_div,
+    num_parameters,
     own_share,
     seed_for,
     set_lr,
@@ -87,18 +88,18 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     train, heldout = _packed(own, inputs, tokenizer, accelerator, out)
     loop = _Loop(settings, model, tokenizer, (train, heldout), accelerator, out)
 
-    num_parameters = sum(p.numel() for p in model.parameters())
+    size = num_parameters(model)
     step_tokens = own.minibatch_rows * own.sequence_length
     out.derived.update(
         rows_per_rank=loop.rows_per_rank,
         tokens_per_step=step_tokens,
         train_rows=len(train),
         heldout_rows=len(heldout),
-        parameters=num_parameters,
+        parameters=size,
         epochs=own.steps * own.minibatch_rows / len(train),
     )
     out.say(
-        f"{num_parameters:,} parameters, {own.steps} steps x {step_tokens} tokens"
+        f"{size:,} parameters, {own.steps} steps x {step_tokens} tokens"
         f" = {out.derived['epochs']:.1f} passes over {len(train)} rows"
     )
     last = loop.run()
@@ -108,8 +109,8 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     out.contract.update(contract_of(tokenizer, model))
     tokens = own.steps * step_tokens
     out.cost["tokens"] += tokens
-    out.cost["flops"] += 6.0 * num_parameters * tokens
-    return {**last, "parameters": num_parameters, "steps": own.steps}
+    out.cost["flops"] += 6.0 * size * tokens
+    return {**last, "parameters": size, "steps": own.steps}
 
 
 def _check_length(model: PreTrainedModel, own: PretrainSettings) -> None:
@@ -135,7 +136,10 @@ def _packed(
         texts, tally = read_texts(inputs["data"].sources, own.text_field, own.max_documents)
 
         def checked() -> Iterator[str]:
-            yield from texts
+            for text in texts:
+                if worker.stop_requested():
+                    raise Stopped("pretrain: stopped by a signal while reading the text")
+                yield text
             # before the files count as whole: a second start does not read the texts again
             tally.check("pretrain.data", own.max_bad_fraction)
 

@@ -27,7 +27,7 @@ from pipeline.job import Inputs, Metrics, Out
 from pipeline.records import Ranking, SampleGroup, read_jsonl
 from pipeline.settings import Settings
 from stages.chat import encode_completion, encode_prompt
-from stages.common import seed_for, start
+from stages.common import num_parameters, seed_for, start
 from stages.models import (
     add_lora,
     contract_of,
@@ -99,7 +99,7 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     out.contract.update(score_position="last token", score_mean=mean, score_std=std)
     num_tokens = settings.reward.epochs * sum(len(row) for r in train for row in r.rows)
     out.cost["tokens"] += num_tokens
-    out.cost["flops"] += 6.0 * num_tokens * sum(p.numel() for p in model.parameters())
+    out.cost["flops"] += 6.0 * num_tokens * num_parameters(model)
     return {
         "heldout_accuracy": quality["accuracy"],
         "heldout_accuracy_low": quality["accuracy_low"],

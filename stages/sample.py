@@ -28,7 +28,7 @@ from pipeline.job import Inputs, Metrics, Out
 from pipeline.records import Response, SampleGroup, read_jsonl, write_jsonl
 from pipeline.settings import Settings
 from stages.chat import decode_response
-from stages.common import epoch_order, seed_for, start, stop_if_asked
+from stages.common import epoch_order, num_parameters, seed_for, start, stop_if_asked
 from stages.generation import Generated, generate
 from stages.models import load_causal_lm, load_tokenizer, positions
 from stages.prompts import PromptIds, encode_prompts, load_prompts, longest_prompt, of_split
@@ -62,7 +62,10 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
         rows = (row["group"] for part in parts for row in read_jsonl(part))
         write_jsonl(out.artifact / "samples.jsonl", rows)
     out.contract.update(inputs["model"].contract)
-    return _metrics(settings, [row for part in parts for row in read_jsonl(part)], out)
+    metrics = _metrics([row for part in parts for row in read_jsonl(part)], out)
+    read = settings.sample.responses_per_prompt * sum(len(prompt.ids) for prompt in encoded)
+    out.cost["flops"] += 2.0 * num_parameters(model) * (read + out.cost["tokens"])
+    return metrics
 
 
 def _sample_parts(
@@ -147,7 +150,7 @@ def _group(
     }
 
 
-def _metrics(settings: Settings, rows: list[dict[str, Any]], out: Out) -> Metrics:
+def _metrics(rows: list[dict[str, Any]], out: Out) -> Metrics:
     sampled = sum(row["sampled"] for row in rows)
     kept = sum(len(row["group"]["responses"]) for row in rows)
     empty = sum(row["empty"] for row in rows)
