@@ -13,8 +13,8 @@ The rules, for any text:
 from pipeline.demo_world import Request, Sentence, parse, parse_request
 
 QUALITIES: dict[str, float] = {  # name -> weight
-    "hero": 2.0,  # the first hero named is the one asked for
-    "animal": 2.0,  # the first hero's animal is the one asked for
+    "hero": 1.5,  # the first hero named is the one asked for
+    "animal": 1.5,  # the first hero's animal is the one asked for
     "trait": 1.5,  # a sentence shows the trait asked for, and none shows another
     "problem": 1.5,  # the problem is the one asked for (half), with the object asked for (half)
     "feeling": 1.0,  # somebody minds
