@@ -58,37 +58,53 @@ class Step:
     """role -> data or model given by the user: paths, `demo:NAME`, hub ids."""
 
 
-def plan(settings: Settings) -> list[Step]:
-    """The steps that this configuration asks for, each after everything it reads."""
-    steps: list[Step] = []
+class _Steps(list[Step]):
+    """The steps so far; `add` appends one and gives its name."""
 
     def add(
+        self,
         stage: str,
         round: int,
         inputs: dict[str, str | None],
-        sources: dict[str, tuple[str, ...] | None] | None = None,
+        sources: dict[str, tuple[str, ...] | None],
     ) -> str:
         name = stage if round == 1 else f"{stage}-{round}"
-        steps.append(
+        self.append(
             Step(
                 name,
                 STAGES[stage],
                 round,
                 {role: step for role, step in inputs.items() if step},
-                {role: given for role, given in (sources or {}).items() if given},
+                {role: given for role, given in sources.items() if given},
             )
         )
         return name
 
-    base = (settings.model.base,) if settings.model.base else None
+
+def plan(settings: Settings) -> list[Step]:
+    """The steps that this configuration asks for, each after everything it reads."""
+    steps = _Steps()
+    before_sft, sft = _model_steps(settings, steps)
+    if settings.sample.prompts or settings.rank.data:
+        _rounds(settings, steps, before_sft, sft)
+    return list(steps)
+
+
+def _base(settings: Settings) -> tuple[str, ...] | None:
+    return (settings.model.base,) if settings.model.base else None
+
+
+def _model_steps(settings: Settings, steps: _Steps) -> tuple[str | None, str | None]:
+    """The steps up to sft; the names of the model before it and after it, None for the user's."""
+    base = _base(settings)
     model: str | None = None
     # a role is either a step of ours or, where that is None, the user's model
     if settings.pretrain.data:
         tokenizer = None
         if base is None:
             text = settings.tokenizer.data or settings.pretrain.data
-            tokenizer = add("tokenizer", 1, {}, {"data": text})
-        model = add(
+            tokenizer = steps.add("tokenizer", 1, {}, {"data": text})
+        model = steps.add(
             "pretrain",
             1,
             {"tokenizer": tokenizer},
@@ -96,16 +112,18 @@ def plan(settings: Settings) -> list[Step]:
         )
     before_sft = model
     if settings.sft.data:
-        model = add(
+        model = steps.add(
             "sft",
             1,
             {"model": model},
             {"model": None if model else base, "data": settings.sft.data},
         )
-    sft = model
-    if not (settings.sample.prompts or settings.rank.data):
-        return steps
+    return before_sft, model
 
+
+def _rounds(settings: Settings, steps: _Steps, before_sft: str | None, sft: str | None) -> None:
+    """sample, rank, reward, ppo, evaluate, as often as asked for."""
+    add, base = steps.add, _base(settings)
     samples = first_samples = rankings = None
     policy = sft
     for round in range(1, settings.run.rounds + 1):
@@ -162,4 +180,3 @@ def plan(settings: Settings) -> list[Step]:
                 "text": settings.evaluate.text or settings.pretrain.data or settings.sft.data,
             },
         )
-    return steps

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pipeline.job import Out
 
 Tensors = dict[str, Tensor]
+_MANIFEST = "MANIFEST.json"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Checkpointer:
 
     def _write(self, step: int, tensors: dict[str, Tensors], state: dict[str, Any]) -> None:
         final = self._folder / f"step-{step:08d}"
-        if final.exists() and _damage(final) is None:
+        if final.exists() and damage(final, _MANIFEST) is None:
             # a stop right after a save: replacing the folder would leave a moment with neither
             return
         temporary = self._folder / f"tmp-step-{step:08d}"
@@ -63,15 +64,15 @@ class Checkpointer:
             on_cpu = {name: t.detach().cpu().contiguous() for name, t in named.items()}
             save_file(on_cpu, temporary / f"{group}.safetensors")
         (temporary / "state.json").write_text(json.dumps({"step": step, **state}))
-        sums = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
-        (temporary / "MANIFEST.json").write_text(json.dumps(sums))
+        sums = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
+        (temporary / _MANIFEST).write_text(json.dumps(sums))
         for path in temporary.iterdir():
-            _fsync(path)
-        _fsync(temporary)
+            fsync(path)
+        fsync(temporary)
         if final.exists():
             shutil.rmtree(final)
         os.replace(temporary, final)
-        _fsync(self._folder)
+        fsync(self._folder)
         everything = sorted(self._folder.glob("step-*"))
         # one behind this step was passed over when the run went on: damaged, and not to be counted
         kept = [path for path in everything if path.name <= final.name][-self._keep :]
@@ -84,7 +85,7 @@ class Checkpointer:
     def load_latest(self) -> Checkpoint | None:
         """The newest checkpoint whose every file is as it was written; says which ones are not."""
         for folder in sorted(self._folder.glob("step-*"), reverse=True):
-            problem = _damage(folder)
+            problem = damage(folder, _MANIFEST)
             if problem:
                 self._out.say(
                     f"checkpoint {folder.name} is damaged ({problem}); using the one before"
@@ -102,23 +103,26 @@ class Checkpointer:
         return None
 
 
-def _damage(folder: Path) -> str | None:
+def damage(folder: Path, manifest: str) -> str | None:
+    """What is wrong with a folder whose sha256 sums are in the file `manifest`; None if nothing."""
     try:
-        sums = json.loads((folder / "MANIFEST.json").read_text())
+        sums = json.loads((folder / manifest).read_text(encoding="utf-8"))
         for name, expected in sums.items():
-            if _sha256(folder / name) != expected:
+            if sha256(folder / name) != expected:
                 return f"{name} has changed"
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
     except (OSError, ValueError) as error:
         return str(error)
     return None
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -8,7 +8,6 @@ flipped bit goes unnoticed (research/reliability.md, section A). So a checkpoint
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from pipeline import worker
 from pipeline.job import Metrics, Out
+from stages.checkpoints import damage, fsync, sha256
 from stages.common import check_finite
 
 COMMITTED = "COMMITTED.json"
@@ -35,7 +35,7 @@ def newest_whole(out: Out) -> Path | None:
     folders = sorted(out.checkpoints.glob("checkpoint-*"), key=_step_of, reverse=True)
     chosen = None
     for folder in folders:
-        problem = _damage(folder)
+        problem = damage(folder, COMMITTED)
         if problem is None:
             chosen = folder
             break
@@ -53,30 +53,17 @@ def newest_whole(out: Out) -> Path | None:
 def commit(folder: Path, keep: int) -> None:
     """Make a complete checkpoint count, then remove all but the newest `keep` ones."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    sums = {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
+    sums = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
     for path in files:
-        _fsync(path)
+        fsync(path)
     temporary = folder / "COMMITTED.tmp"
     temporary.write_text(json.dumps(sums, sort_keys=True), encoding="utf-8")
-    _fsync(temporary)
+    fsync(temporary)
     os.replace(temporary, folder / COMMITTED)
-    _fsync(folder)
-    _fsync(folder.parent)
+    fsync(folder)
+    fsync(folder.parent)
     for old in sorted(folder.parent.glob("checkpoint-*"), key=_step_of)[:-keep]:
         _remove(old)
-
-
-def _damage(folder: Path) -> str | None:
-    try:
-        sums = json.loads((folder / COMMITTED).read_text(encoding="utf-8"))
-        for name, expected in sums.items():
-            if _sha256(folder / name) != expected:
-                return f"{name} has changed"
-    except FileNotFoundError as error:
-        return f"{Path(str(error.filename)).name} is missing"
-    except (OSError, ValueError) as error:
-        return str(error)
-    return None
 
 
 def _remove(folder: Path) -> None:
@@ -89,19 +76,6 @@ def _remove(folder: Path) -> None:
 
 def _step_of(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class LineCallback(TrainerCallback):  # type: ignore[misc]  # transformers does not type it
