@@ -1,0 +1,75 @@
+"""Tiny Llama and GPT-2 models for tests that need exact or double-precision answers.
+
+Both kinds matter: rotary positions are relative, so an error of absolute positions (padding without
+position_ids) shows in GPT-2 only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+KINDS = ("llama", "gpt2")
+PAD, BOS, EOS = 0, 1, 2
+
+
+def tiny_model(
+    kind: str, *, vocab_size: int = 61, width: int = 32, seed: int = 0, sharpness: float = 4.0
+) -> PreTrainedModel:
+    """Two layers, random weights, no dropout; `sharpness` scales the matrices.
+
+    At the initial scale all tokens are almost equally probable, and a wrong position hardly shows.
+    """
+    torch.manual_seed(seed)
+    ids = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+    model: PreTrainedModel
+    if kind == "llama":
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=vocab_size,
+                hidden_size=width,
+                intermediate_size=2 * width,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=128,
+                **ids,
+            )
+        )
+    else:
+        model = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=vocab_size,
+                n_embd=width,
+                n_layer=2,
+                n_head=4,
+                n_positions=128,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
+                **ids,
+            )
+        )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(sharpness if parameter.dim() > 1 else 1.0)
+    return model.eval()
+
+
+@contextlib.contextmanager
+def in_float64() -> Iterator[None]:
+    """Within: what asks for float32 gets float64, so that a float64 model is one from end to end.
+
+    Norms and rotary angles of transformers, and our own log-softmax, go through float32 whatever the
+    weights are. Sums in another order then differ by 1e-7, which would hide small errors of ours.
+    """
+    float32, to_float = torch.float32, torch.Tensor.float
+    torch.float32 = torch.float64  # type: ignore[misc]
+    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.float32 = float32  # type: ignore[misc]
+        torch.Tensor.float = to_float  # type: ignore[method-assign]
