@@ -10,51 +10,72 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 KINDS = ("llama", "gpt2")
 PAD, BOS, EOS = 0, 1, 2
 
 
+def tiny_config(kind: str, vocab_size: int = 61, width: int = 32) -> PreTrainedConfig:
+    """Two layers without dropout."""
+    ids = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+    if kind == "llama":
+        return LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+            **ids,
+        )
+    return GPT2Config(
+        vocab_size=vocab_size,
+        n_embd=width,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        **ids,
+    )
+
+
 def tiny_model(
     kind: str, *, vocab_size: int = 61, width: int = 32, seed: int = 0, sharpness: float = 4.0
 ) -> PreTrainedModel:
-    """Two layers, random weights, no dropout; `sharpness` scales the matrices.
+    """A language model with random weights; `sharpness` scales the matrices.
 
     At the initial scale all tokens are almost equally probable, and a wrong position hardly shows.
     """
     torch.manual_seed(seed)
-    ids = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
-    model: PreTrainedModel
-    if kind == "llama":
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=vocab_size,
-                hidden_size=width,
-                intermediate_size=2 * width,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=128,
-                **ids,
-            )
-        )
-    else:
-        model = GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=vocab_size,
-                n_embd=width,
-                n_layer=2,
-                n_head=4,
-                n_positions=128,
-                resid_pdrop=0.0,
-                embd_pdrop=0.0,
-                attn_pdrop=0.0,
-                **ids,
-            )
-        )
+    config = tiny_config(kind, vocab_size, width)
+    return _sharpened(AutoModelForCausalLM.from_config(config, dtype=torch.float32), sharpness)
+
+
+def tiny_reward_model(
+    kind: str, *, vocab_size: int = 61, width: int = 32, seed: int = 0, sharpness: float = 4.0
+) -> PreTrainedModel:
+    """A sequence classifier with one label and random weights."""
+    torch.manual_seed(seed)
+    config = tiny_config(kind, vocab_size, width)
+    config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    return _sharpened(model, sharpness)
+
+
+def _sharpened(model: PreTrainedModel, factor: float) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(sharpness if parameter.dim() > 1 else 1.0)
+            parameter.mul_(factor if parameter.dim() > 1 else 1.0)
     return model.eval()
 
 
