@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -94,3 +95,25 @@ def in_float64() -> Iterator[None]:
     finally:
         torch.float32 = float32  # type: ignore[misc]
         torch.Tensor.float = to_float  # type: ignore[method-assign]
+
+
+def all_responses(vocab_size: int, end: int, longest: int) -> list[list[int]]:
+    """Every response that can be sampled: ended by `end`, or cut at `longest` tokens."""
+    # the pad token can be sampled too, as in any real vocabulary
+    others = [token for token in range(vocab_size) if token != end]
+    unfinished: list[list[int]] = [[]]
+    done: list[list[int]] = []
+    for _ in range(longest):
+        done += [[*row, end] for row in unfinished]
+        unfinished = [[*row, token] for row in unfinished for token in others]
+    return done + unfinished
+
+
+def exact_logprob(
+    model: nn.Module, prompt: list[int], response: list[int], temperature: float
+) -> Tensor:
+    """log p(response | prompt) the slow way: one row, no padding, every position by itself."""
+    logits_TV = model(input_ids=torch.tensor([prompt + response])).logits[0] / temperature
+    at = len(prompt) - 1
+    terms = [logits_TV[at + r].log_softmax(-1)[token] for r, token in enumerate(response)]
+    return torch.stack(terms).sum()

@@ -20,28 +20,12 @@ from torch import Tensor, nn
 
 from stages import ppo_math
 from stages.rollout import Sequences, make_sequences, response_logprobs
-from tests.tiny_models import KINDS, PAD, in_float64, tiny_model
+from tests.tiny_models import KINDS, PAD, all_responses, exact_logprob, in_float64, tiny_model
 
 V, END, LONGEST = 4, 2, 3
-# the pad token can be sampled too, as in any real vocabulary
-OTHERS = [token for token in range(V) if token != END]
 PROMPTS = [[1, 3], [3, 0, 1, 1, 0]]
 TEMPERATURE, KL_COEF = 0.8, 0.3
-
-
-def all_responses() -> list[list[int]]:
-    """Every response that can be sampled: ended by the end token, or cut at LONGEST tokens."""
-    unfinished: list[list[int]] = [[]]
-    done: list[list[int]] = []
-    for length in range(1, LONGEST + 1):
-        done += [[*row, END] for row in unfinished]
-        unfinished = [[*row, token] for row in unfinished for token in OTHERS]
-        if length == LONGEST:
-            done += unfinished
-    return done
-
-
-ROWS = [(prompt, response) for prompt in PROMPTS for response in all_responses()]
+ROWS = [(prompt, response) for prompt in PROMPTS for response in all_responses(V, END, LONGEST)]
 
 
 def score_of(response: list[int]) -> float:
@@ -65,13 +49,6 @@ class Setup:
     """Minus the gradient of the objective, flat."""
 
 
-def exact_logprob(model: nn.Module, prompt: list[int], response: list[int]) -> Tensor:
-    """log p(response | prompt) the slow way: one row, no padding, every position by itself."""
-    logits = model(input_ids=torch.tensor([prompt + response])).logits[0] / TEMPERATURE
-    at = len(prompt) - 1
-    return sum((logits[at + r].log_softmax(-1)[t] for r, t in enumerate(response)), torch.zeros(()))
-
-
 def exact_gradient(policy: nn.Module, reference: nn.Module) -> tuple[Tensor, Tensor]:
     """(probability of every row, minus the gradient of the objective).
 
@@ -79,8 +56,8 @@ def exact_gradient(policy: nn.Module, reference: nn.Module) -> tuple[Tensor, Ten
     """
     objective, probs = torch.zeros((), dtype=torch.float64), []
     for prompt, response in ROWS:
-        logprob = exact_logprob(policy, prompt, response)
-        kl = logprob - exact_logprob(reference, prompt, response).detach()
+        logprob = exact_logprob(policy, prompt, response, TEMPERATURE)
+        kl = logprob - exact_logprob(reference, prompt, response, TEMPERATURE).detach()
         probs.append(logprob.detach().exp())
         objective = objective + logprob.exp() * (score_of(response) - KL_COEF * kl)
     return torch.stack(probs), flat_gradient(policy, -objective / len(PROMPTS))
@@ -93,8 +70,8 @@ def flat_gradient(model: nn.Module, loss: Tensor) -> Tensor:
 
 @pytest.fixture(scope="module", params=KINDS)
 def setup(request: pytest.FixtureRequest) -> Setup:
-    policy = tiny_model(request.param, vocab_size=V, width=16, seed=1, sharpness=3.0).double()
-    reference = tiny_model(request.param, vocab_size=V, width=16, seed=2, sharpness=3.0).double()
+    policy = tiny_model(request.param, vocab_size=V, width=16, seed=1, sharpness=12.0).double()
+    reference = tiny_model(request.param, vocab_size=V, width=16, seed=2, sharpness=12.0).double()
     batch = make_sequences(
         [prompt for prompt, _ in ROWS], [response for _, response in ROWS], PAD, torch.device("cpu")
     )
