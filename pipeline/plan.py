@@ -32,7 +32,7 @@ STAGES: dict[str, Stage] = {
         Stage("sample", "stages.sample", 1, "samples", ("model", "sample")),
         Stage("rank", "labeling_ui.rank", 1, "rankings", ("rank",)),
         Stage("reward", "stages.reward", 1, "reward_model", ("model", "reward")),
-        Stage("ppo", "stages.ppo", 1, "policy", ("model", "sample", "ppo")),
+        Stage("ppo", "stages.ppo", 2, "policy", ("model", "sample", "ppo")),
         Stage(
             "evaluate",
             "stages.evaluate",
@@ -161,6 +161,11 @@ def _rounds(settings: Settings, steps: _Steps, before_sft: str | None, sft: str 
                 "model": None if policy else base,
                 "reference": None if sft else base,
                 "prompts": settings.ppo.prompts,
+                "reward_models": settings.ppo.reward_models,
+                "gold": settings.ppo.gold,
+                "ptx": (settings.ppo.ptx_data or settings.pretrain.data)
+                if settings.ppo.ptx_coef > 0
+                else None,
             },
         )
         add(

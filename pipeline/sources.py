@@ -31,6 +31,9 @@ KEYS = (
     "sample.prompts",
     "rank.data",
     "ppo.prompts",
+    "ppo.reward_models",
+    "ppo.gold",
+    "ppo.ptx_data",
     "evaluate.prompts",
     "evaluate.text",
 )

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,14 +45,18 @@ class Checkpointer:
         self._accelerator = accelerator
         self._out = out
 
-    def save(self, step: int, tensors: dict[str, Tensors], state: dict[str, Any]) -> None:
+    def save(
+        self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]
+    ) -> None:
         """Write a checkpoint (rank 0), wait until it is on disk, then delete the oldest ones."""
         if self._out.rank == 0:
             self._write(step, tensors, state)
         if self._accelerator is not None:
             self._accelerator.wait_for_everyone()
 
-    def _write(self, step: int, tensors: dict[str, Tensors], state: dict[str, Any]) -> None:
+    def _write(
+        self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]
+    ) -> None:
         final = self._folder / f"step-{step:08d}"
         if final.exists() and damage(final, _MANIFEST) is None:
             # a stop right after a save: replacing the folder would leave a moment with neither
@@ -135,9 +140,9 @@ def trainable_tensors(model: nn.Module) -> Tensors:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def load_trainable(model: nn.Module, tensors: Tensors) -> None:
-    """Copy saved parameters back; the names must match exactly."""
-    parameters = trainable_tensors(model)
+def load_trainable(model: nn.Module | Mapping[str, Tensor], tensors: Tensors) -> None:
+    """Copy saved parameters back into a model, or into its parameters by name; names must match."""
+    parameters = trainable_tensors(model) if isinstance(model, nn.Module) else model
     assert parameters.keys() == tensors.keys(), parameters.keys() ^ tensors.keys()
     with torch.no_grad():
         for name, parameter in parameters.items():

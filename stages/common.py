@@ -144,10 +144,14 @@ def check_finite(step: int, what: str, **values: float) -> None:
 
 
 def adamw(
-    model: nn.Module, lr: float, weight_decay: float, beta2: float = 0.95, eps: float = 1e-8
+    model: nn.Module | Iterable[nn.Parameter],
+    lr: float,
+    weight_decay: float,
+    beta2: float = 0.95,
+    eps: float = 1e-8,
 ) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; weight decay on matrices only."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = _trainable(model)
     groups = [
         {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
@@ -182,10 +186,14 @@ def warmup_linear(step: int, total: int, warmup_fraction: float) -> float:
     return max(0.0, (total - step) / max(1, total - warmup))
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> float:
+def clip_gradients(model: nn.Module | Iterable[nn.Parameter], max_norm: float) -> float:
     """Clip the gradients of the trainable parameters; their norm before it."""
-    trainable = (p for p in model.parameters() if p.requires_grad)
-    return float(nn.utils.clip_grad_norm_(trainable, max_norm))
+    return float(nn.utils.clip_grad_norm_(_trainable(model), max_norm))
+
+
+def _trainable(model: nn.Module | Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    parameters = model.parameters() if isinstance(model, nn.Module) else model
+    return [p for p in parameters if p.requires_grad]
 
 
 def pad_right(rows: Iterable[list[int]], fill: int, device: torch.device) -> Tensor:

@@ -1,53 +1,49 @@
-"""Experience for PPO: the policy's responses and what the other models say of them.
+"""Experience for PPO: the policy's responses, what the other models say of them, and advantages.
 
-Shapes: B rows, R response tokens, T = prompt + response. Every rank answers and scores its share of
-the prompts; the results are gathered, so that all ranks hold the same rollout.
+Shapes: B rows, R response tokens. Every rank answers and scores its share of the prompts; the
+results are gathered, so that all ranks hold the same rollout.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.job import Metrics
 from pipeline.settings.ppo import PpoSettings
+from stages import ppo_math
 from stages.common import gather_list, own_share
+from stages.critics import Agent, active
 from stages.generation import Generated, generate
-from stages.rollout import (
-    Sequences,
-    ValueModel,
-    make_sequences,
-    over_responses,
-    response_logprobs,
-    score_all,
-)
+from stages.prompts import PromptIds
+from stages.rewards import RewardModel, Rewards
+from stages.rollout import Sequences, make_sequences, over_responses, response_logprobs
 
 
 @dataclass
 class Models:
-    """The four models of PPO. `policy` and `value` are trained; wrapped ones exchange gradients."""
+    """All that a rollout needs. reference None: the policy with its adapters off."""
 
-    policy: PreTrainedModel
-    reference: PreTrainedModel
-    reward: PreTrainedModel
-    value: ValueModel
-    wrapped_policy: nn.Module
-    wrapped_value: nn.Module
+    agent: Agent
+    reference: PreTrainedModel | None
+    rewards: Rewards
+    gold: RewardModel | None
     tokenizer: PreTrainedTokenizerBase
-    score_mean: float
-    score_std: float
 
 
 class Rollout(NamedTuple):
-    """One update's experience, the same on every rank.
+    """One update's responses and what is known of them, the same on every rank.
 
     batch: prompts and responses of B rows. logprobs, ref_logprobs, values: `[B, R]`, 0 where not
-    valid. scores_B: normalised and clipped, missing-EOS penalty included. ended_B: True where the
-    response stopped by itself.
+    valid. scores_B: the weighted sum of all sources with all penalties. parts_B: each source's own
+    score by name. ended_B: True where the response stopped by itself.
     """
 
     batch: Sequences
@@ -55,35 +51,47 @@ class Rollout(NamedTuple):
     ref_logprobs_BR: Tensor
     values_BR: Tensor
     scores_B: Tensor
+    parts_B: dict[str, Tensor]
     ended_B: Tensor
 
 
+class Experience(NamedTuple):
+    """A rollout with what the losses need: whitened advantages and returns, `[B, R]`."""
+
+    rollout: Rollout
+    advantages_BR: Tensor
+    returns_BR: Tensor
+
+
 class _Row(NamedTuple):
-    """One response of a rank, as lists that can travel to the others."""
+    """One response of a rank, as plain numbers that can travel to the others."""
 
     prompt: list[int]
     response: list[int]
-    logprobs: list[float]
-    ref_logprobs: list[float]
-    values: list[float]
+    tokens: dict[str, list[float]]
+    parts: dict[str, float]
     score: float
     ended: bool
 
 
 def roll_out(
     models: Models,
-    prompts: list[list[int]],
+    prompts: list[PromptIds],
     seeds: list[int],
     ppo: PpoSettings,
     accelerator: Accelerator,
+    with_gold: bool = False,
 ) -> Rollout:
     """One response to each prompt; the same seed, prompt and policy give the same response."""
+    agent, device = models.agent, accelerator.device
     share = own_share(len(prompts), accelerator)
     own_prompts = [prompts[i] for i in share]
-    with torch.no_grad(), accelerator.autocast():
+    # bf16 does not make a CPU decode faster; a GPU's training forward rounds otherwise than its decode
+    decode_in_full = accelerator.mixed_precision == "no" or device.type == "cpu"
+    with torch.no_grad(), nullcontext() if decode_in_full else accelerator.autocast():
         generated = generate(
-            models.policy,
-            own_prompts,
+            agent.policy,
+            [prompt.ids for prompt in own_prompts],
             [seeds[i] for i in share],
             eos_id=models.tokenizer.eos_token_id,
             pad_id=models.tokenizer.pad_token_id,
@@ -91,82 +99,150 @@ def roll_out(
             temperature=ppo.temperature,
             rows_at_once=ppo.rows_per_rank,
         )
-        own = _score(models, own_prompts, generated, ppo, accelerator) if own_prompts else []
+    own: list[_Row] = []
+    if own_prompts:
+        with torch.no_grad(), accelerator.autocast():
+            own = _score(models, own_prompts, generated, ppo, device, decode_in_full, with_gold)
     rows = gather_list(own, accelerator)
-    device = accelerator.device
     batch = make_sequences(
         [row.prompt for row in rows],
         [row.response for row in rows],
         models.tokenizer.pad_token_id,
         device,
     )
+
+    def padded(name: str) -> Tensor:
+        values = [value for row in rows for value in row.tokens[name]]
+        return batch.spread(torch.tensor(values, device=device))
+
     return Rollout(
         batch,
-        _padded([row.logprobs for row in rows], batch),
-        _padded([row.ref_logprobs for row in rows], batch),
-        _padded([row.values for row in rows], batch),
+        padded("logprobs"),
+        padded("ref_logprobs"),
+        padded("values"),
         torch.tensor([row.score for row in rows], device=device),
+        {
+            name: torch.tensor([row.parts[name] for row in rows], device=device)
+            for name in rows[0].parts
+        },
         torch.tensor([row.ended for row in rows], device=device),
     )
 
 
 def _score(
     models: Models,
-    prompts: list[list[int]],
+    prompts: list[PromptIds],
     generated: list[Generated],
     ppo: PpoSettings,
-    accelerator: Accelerator,
+    device: torch.device,
+    decoded_in_full: bool,
+    with_gold: bool,
 ) -> list[_Row]:
-    """What reference, value and reward model say of this rank's responses."""
-    device, pad_id = accelerator.device, models.tokenizer.pad_token_id
+    """What reference, critic and reward sources say of this rank's responses."""
+    agent, tokenizer = models.agent, models.tokenizer
     responses = [g.tokens for g in generated]
-    batch = make_sequences(prompts, responses, pad_id, device)
-
-    def logprobs_under(model: nn.Module) -> list[list[float]]:
-        found_BR = over_responses(
-            lambda b: response_logprobs(model, b, ppo.temperature)[0], batch, ppo.rows_per_rank
-        )
-        return _unpadded(found_BR, batch)
-
-    # decoding in bf16 rounds otherwise than a whole forward, and the ratio must start at 1
-    exact = accelerator.mixed_precision == "no"
-    logprobs = [g.logprobs for g in generated] if exact else logprobs_under(models.policy)
-    values_BR = over_responses(
-        lambda b: models.value(b.tokens_BT, b.predict_BR), batch, ppo.rows_per_rank
-    )
+    ids = [prompt.ids for prompt in prompts]
+    batch = make_sequences(ids, responses, tokenizer.pad_token_id, device)
+    tokens = {
+        "logprobs": [g.logprobs for g in generated]
+        if decoded_in_full
+        else _rows_of(agent.logprobs(batch, ppo.rows_per_rank), batch),
+        "ref_logprobs": _rows_of(_ref_logprobs(models, batch, ppo), batch),
+        "values": _rows_of(agent.values(batch, ppo.rows_per_rank), batch),
+    }
     # the reward model was trained on responses that all have an end token; that a response was cut is
     # the penalty's business
-    end = [models.tokenizer.eos_token_id]
-    rows = [
-        prompt + g.tokens + ([] if g.ended else end)
-        for prompt, g in zip(prompts, generated, strict=True)
-    ]
-    raw_B = score_all(models.reward, rows, pad_id, device, ppo.rows_per_rank)
-    scores_B = (raw_B - models.score_mean) / models.score_std
-    scores_B = scores_B.clamp(-ppo.score_clip, ppo.score_clip)
+    end = [tokenizer.eos_token_id]
+    rows = [p + g.tokens + ([] if g.ended else end) for p, g in zip(ids, generated, strict=True)]
+    rewards = models.rewards
+    if with_gold and models.gold:
+        rewards = Rewards([*rewards.models, models.gold], rewards.rules)
+    messages: list[list[dict[str, Any]]] = [list(prompt.prompt.messages) for prompt in prompts]
+    parts_B = rewards.scores(rows, messages, responses, tokenizer, device, ppo)
+    scores_B = torch.zeros(len(rows), device=device)
+    for name, weight in rewards.weights.items():
+        scores_B = scores_B + weight * parts_B[name]
     is_cut_B = torch.tensor([not g.ended for g in generated], device=device)
     scores_B = scores_B - ppo.missing_eos_penalty * is_cut_B
-    columns = (
-        prompts,
-        responses,
-        logprobs,
-        logprobs_under(models.reference),
-        _unpadded(values_BR, batch),
-        scores_B.tolist(),
-        [g.ended for g in generated],
-    )
-    return [_Row(*row) for row in zip(*columns, strict=True)]
+    scores_B = scores_B - ppo.length_penalty * batch.response_tokens_B
+    return [
+        _Row(
+            ids[i],
+            responses[i],
+            {name: values[i] for name, values in tokens.items()},
+            {name: float(values_B[i]) for name, values_B in parts_B.items()},
+            float(scores_B[i]),
+            g.ended,
+        )
+        for i, g in enumerate(generated)
+    ]
 
 
-def _unpadded(x_BR: Tensor, batch: Sequences) -> list[list[float]]:
+def _ref_logprobs(models: Models, batch: Sequences, ppo: PpoSettings) -> Tensor:
+    policy = models.agent.policy
+    model = models.reference
+    if model is None:
+        assert isinstance(policy, PeftModel)
+    with nullcontext() if model is not None else active(policy, None):
+        return over_responses(
+            lambda b: response_logprobs(model or policy, b, ppo.temperature)[0],
+            batch,
+            ppo.rows_per_rank,
+            policy.config.vocab_size,
+        )
+
+
+def _rows_of(x_BR: Tensor, batch: Sequences) -> list[list[float]]:
     return [
         row[:length].tolist()
         for row, length in zip(x_BR, batch.response_tokens_B.tolist(), strict=True)
     ]
 
 
-def _padded(rows: list[list[float]], batch: Sequences) -> Tensor:
-    valid_BR = batch.valid_BR
-    x_BR = torch.zeros(valid_BR.shape, device=valid_BR.device)
-    x_BR[valid_BR] = torch.tensor([v for row in rows for v in row], device=valid_BR.device)
-    return x_BR
+def to_experience(rollout: Rollout, kl_coef: float, ppo: PpoSettings) -> Experience:
+    """Rewards, advantages and returns of a rollout: the whole of it, so that whitening is global."""
+    valid_BR = rollout.batch.valid_BR
+    rewards_BR = ppo_math.kl_penalised_rewards(
+        rollout.scores_B, rollout.logprobs_BR, rollout.ref_logprobs_BR, valid_BR, kl_coef
+    )
+    advantages_BR, returns_BR = ppo_math.gae_advantages(
+        rewards_BR, rollout.values_BR, valid_BR, ppo.gamma, ppo.lam
+    )
+    if ppo.lam_value is not None:
+        # VC-PPO, arXiv 2503.01491: the critic may learn from less discounted returns than the policy
+        _, returns_BR = ppo_math.gae_advantages(
+            rewards_BR, rollout.values_BR, valid_BR, ppo.gamma, ppo.lam_value
+        )
+    if ppo.whiten_advantages:
+        advantages_BR = ppo_math.whiten(advantages_BR, valid_BR)
+    return Experience(rollout, advantages_BR, returns_BR)
+
+
+def rollout_metrics(rollout: Rollout, kl_coef: float) -> Metrics:
+    """Means over responses; kl in nats a response; see the docstring of `stages.ppo`."""
+    valid_BR = rollout.batch.valid_BR
+    kl = ppo_math.kl_estimates(rollout.logprobs_BR, rollout.ref_logprobs_BR, valid_BR)
+    score, kl_nats = rollout.scores_B.mean().item(), kl.k1_BR.sum(-1).mean().item()
+    row = {
+        "score": score,
+        "kl": kl_nats,
+        "kl_k3": kl.k3_BR.sum(-1).mean().item(),
+        "reward": score - kl_coef * kl_nats,
+        "kl_coef": kl_coef,
+        "response_tokens": rollout.batch.response_tokens_B.float().mean().item(),
+        "eos_rate": rollout.ended_B.float().mean().item(),
+        "repetition": repetition(rollout.batch),
+    }
+    if len(rollout.parts_B) > 1:
+        row |= {f"score/{name}": x_B.mean().item() for name, x_B in rollout.parts_B.items()}
+    return row
+
+
+def repetition(batch: Sequences, n: int = 4) -> float:
+    """Share of the n-grams of a response that stood in it before, mean over responses."""
+    shares = []
+    tokens = batch.responses_BR.tolist()
+    for row, length in zip(tokens, batch.response_tokens_B.tolist(), strict=True):
+        grams = [tuple(row[i : i + n]) for i in range(length - n + 1)]
+        shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
+    return sum(shares) / len(shares)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -335,6 +336,22 @@ def add_lora(model: PreTrainedModel, lora: LoraSettings, task: str) -> PreTraine
     if task == "reward":
         backbone_and_head(adapted)[1].requires_grad_(True)
     return adapted
+
+
+def add_adapter(model: PeftModel, name: str, like: str = "default") -> None:
+    """A second adapter of the same shape, trainable, that changes nothing yet; `like` stays active.
+
+    Its down-projections start random: seed torch's global generator before.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    model.add_adapter(name, model.peft_config[like])
+    marked = re.compile(rf"\.lora_\w+\.{name}\.")
+    for parameter_name, parameter in model.named_parameters():
+        if marked.search(parameter_name):
+            parameter.requires_grad_(True)
+    # peft leaves one adapter trainable at a time
+    for parameter in trainable:
+        parameter.requires_grad_(True)
 
 
 def merge_lora(model: nn.Module) -> PreTrainedModel:

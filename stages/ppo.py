@@ -1,26 +1,29 @@
 """ppo: optimise the policy against the reward model, held near the reference by a KL penalty.
 
-Reads: `model` (what the policy starts from), `reference` (sft), `reward_model`, `prompts`.
-Writes a `policy`: a plain HF folder, the best one by reward on validation prompts.
+Reads: `model` (what the policy starts from), `reference` (sft), `reward_model`, `prompts`; and, where
+settings name them, `reward_models`, `gold`, `ptx`. Writes a `policy`: a plain HF folder, the best one
+on validation prompts.
 
     prefline ppo RUN ppo.updates=200 ppo.kl_coef=0.05
 
-One update: (1) one response for each of `ppo.prompts_per_step` prompts; (2) reward-model scores,
-reference logprobs and values; (3) KL-penalised rewards, advantages, whitening; (4) `ppo.epochs` passes
-of clipped policy and value losses. The value model starts as the reward model.
+One update: (1) one response for each of `ppo.prompts_per_step` prompts; (2) scores, reference
+logprobs and values; (3) KL-penalised rewards, advantages, whitening; (4) `ppo.epochs` passes of
+clipped policy and value losses. `stages.critics` has the three kinds of critic.
 
-Metrics (healthy range): score (rises), kl in nats a response (rises, then levels off; above ~10 the
-reward model is being gamed), reward = score - kl_coef * kl (rises), entropy in nats a token (falls
-slowly; near 0 is collapse), response_tokens, eos_rate (> 0.9), clip_fraction (0.02 to 0.3),
-ratio_max, approx_kl old to new (< 0.02 a token), explained_variance (towards 1), policy_loss,
-value_loss, *_grad_norm; validation_score, validation_kl, validation_reward decide which policy is kept.
+Metrics (healthy range): score (rises), score/NAME of each source where there are several, kl in nats
+a response (rises, then levels off; above ~10 the reward model is being gamed), kl_k3 (the same,
+never negative), reward = score - kl_coef * kl (rises), response_tokens, eos_rate (> 0.9), repetition
+of 4-grams (stays), explained_variance (towards 1), value_error (falls), entropy in nats a token
+(falls slowly; near 0 is collapse), clip_fraction (0.02 to 0.3), ratio_max (< 3), approx_kl old to new
+(< 0.02 a token), epochs_done, policy_loss, value_loss, *_grad_norm, alarms that hold (0);
+validation_score, validation_kl, validation_reward (and validation_gold) decide which policy is kept.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -31,6 +34,7 @@ from pipeline.job import Inputs, Metrics, Out
 from pipeline.records import canonical_json
 from pipeline.settings import Settings
 from stages import ppo_math
+from stages.alarms import Alarms
 from stages.chat import decode_response
 from stages.checkpoints import (
     Checkpointer,
@@ -38,7 +42,6 @@ from stages.checkpoints import (
     load_optimizer,
     load_trainable,
     optimizer_tensors,
-    trainable_tensors,
 )
 from stages.common import (
     adamw,
@@ -56,38 +59,36 @@ from stages.common import (
     sum_over_ranks,
     warmup_linear,
 )
-from stages.experience import Models, Rollout, roll_out
+from stages.critics import TokenOutputs
+from stages.experience import (
+    Experience,
+    Models,
+    Rollout,
+    roll_out,
+    rollout_metrics,
+    to_experience,
+)
 from stages.models import (
-    add_lora,
-    backbone_and_head,
     contract_of,
-    load_causal_lm,
-    load_reward_model,
-    load_tokenizer,
     merge_lora,
     positions,
     save_model,
 )
+from stages.ppo_models import load_models
 from stages.prompts import PromptIds, encode_prompts, load_prompts, longest_prompt, of_split
-from stages.rollout import ValueModel, in_micro_batches, response_logprobs
-
-
-class Experience(NamedTuple):
-    """A rollout with what the losses need: whitened advantages and returns, `[B, R]`."""
-
-    rollout: Rollout
-    advantages_BR: Tensor
-    returns_BR: Tensor
+from stages.ptx import PtxRows
+from stages.rollout import Sequences, in_micro_batches
 
 
 def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     accelerator = start(settings, out)
-    models = _load_models(settings, inputs, accelerator)
+    models = load_models(settings, inputs, accelerator)
+    agent = models.agent
     prompts = load_prompts(inputs["prompts"], settings, out)
     max_tokens = longest_prompt(
         settings.ppo.max_prompt_tokens,
         settings.ppo.max_response_tokens,
-        positions(models.reference),
+        positions(agent.policy),
         out,
     )
     train, validation = (
@@ -95,42 +96,20 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
         for split in ("train", "validation")
     )
     validation = validation[: settings.ppo.eval_prompts]
-    loop = _Loop(settings, models, train, validation, accelerator, out)
+    ptx = None
+    if "ptx" in inputs:
+        ptx = PtxRows(
+            inputs["ptx"], settings.ppo, settings.run.seed, models.tokenizer, accelerator, out
+        )
+    loop = _Loop(settings, models, (train, validation), ptx, accelerator, out)
     loop.run()
 
-    load_trainable(models.policy, loop.best)
-    policy = merge_lora(models.policy)
+    load_trainable(agent.policy_parameters(), loop.best)
+    policy = merge_lora(agent.policy)
     if out.rank == 0:
         save_model(policy, models.tokenizer, out.artifact)
     out.contract.update(contract_of(models.tokenizer, policy))
     return {"updates": settings.ppo.updates, **loop.best_metrics}
-
-
-def _load_models(settings: Settings, inputs: Inputs, accelerator: Accelerator) -> Models:
-    device = accelerator.device
-    tokenizer = load_tokenizer(inputs["model"])
-    torch.manual_seed(seed_for(settings.run.seed, "ppo", "adapters"))
-    policy = add_lora(load_causal_lm(inputs["model"]), settings.ppo.lora, "policy").to(device)
-    reference = load_causal_lm(inputs["reference"]).to(device).eval().requires_grad_(False)
-    reward = load_reward_model(inputs["reward_model"]).to(device).eval().requires_grad_(False)
-    contract = inputs["reward_model"].contract
-    mean, std = contract["score_mean"], contract["score_std"]
-    value = ValueModel(*backbone_and_head(load_reward_model(inputs["reward_model"])), mean, std)
-    value = value.to(device)
-    # dropout would make the ratio of an unchanged policy differ from 1
-    policy.eval()
-    value.eval()
-    return Models(
-        policy=policy,
-        reference=reference,
-        reward=reward,
-        value=value,
-        wrapped_policy=accelerator.prepare_model(policy),
-        wrapped_value=accelerator.prepare_model(value),
-        tokenizer=tokenizer,
-        score_mean=mean,
-        score_std=std,
-    )
 
 
 class _Loop:
@@ -140,42 +119,57 @@ class _Loop:
         self,
         settings: Settings,
         models: Models,
-        train: list[PromptIds],
-        validation: list[PromptIds],
+        prompts: tuple[list[PromptIds], list[PromptIds]],
+        ptx: PtxRows | None,
         accelerator: Accelerator,
         out: Out,
     ) -> None:
         ppo = settings.ppo
-        self.settings, self.ppo, self.models = settings, ppo, models
-        self.train, self.validation = train, validation
+        self.settings, self.ppo, self.models, self.agent = settings, ppo, models, models.agent
+        self.train, self.validation = prompts
+        self.ptx = ptx
         self.accelerator, self.out = accelerator, out
         self.minibatch_rows = ppo.minibatch_rows or ppo.prompts_per_step
         self.num_minibatches = exact_div(
             ppo.prompts_per_step, self.minibatch_rows, "ppo.prompts_per_step"
         )
         exact_div(self.minibatch_rows, out.world_size, "ppo.minibatch_rows")
-        self.total_steps = ppo.updates * ppo.epochs * self.num_minibatches
-        self.policy_optimizer = adamw(models.policy, ppo.lr, 0.0, eps=1e-5)
-        self.value_optimizer = adamw(models.value, ppo.value_lr or ppo.lr, 0.0, eps=1e-5)
+        self.steps_per_update = ppo.epochs * self.num_minibatches
+        from_zero = self.agent.kind != "separate"
+        self.warmup_updates = (
+            ppo.value_warmup_updates
+            if ppo.value_warmup_updates is not None
+            else min(10, ppo.updates // 10) * from_zero
+        )
+        self.policy_parameters = self.agent.policy_parameters()
+        self.value_parameters = self.agent.value_parameters()
+        self.policy_optimizer = adamw(self.policy_parameters.values(), ppo.lr, 0.0, eps=1e-5)
+        self.value_optimizer = adamw(
+            self.value_parameters.values(), ppo.value_lr or ppo.lr, 0.0, eps=1e-5
+        )
         self.checkpoints = Checkpointer(out, settings.launch.keep_checkpoints, accelerator)
-        self.sizes = {
-            "policy": num_parameters(models.policy),
-            "value": num_parameters(models.value),
-        }
+        self.alarms = Alarms(ppo)
         self.kl_coef = ppo.kl_coef
         self.update = 0
         self.best: Tensors = {}
-        self.best_metrics: Metrics = {"validation_reward": -math.inf}
+        self.best_metrics: Metrics = {}
+        self.best_value = -math.inf
+        self._tell()
+
+    def _tell(self) -> None:
+        ppo, out = self.ppo, self.out
         out.derived.update(
+            critic=self.agent.kind,
             prompts_per_step=ppo.prompts_per_step,
             minibatch_rows=self.minibatch_rows,
-            optimizer_steps=self.total_steps,
-            train_prompts=len(train),
-            validation_prompts=len(validation),
+            optimizer_steps=ppo.updates * self.steps_per_update,
+            value_warmup_updates=self.warmup_updates,
+            train_prompts=len(self.train),
+            validation_prompts=len(self.validation),
         )
         out.say(
             f"{ppo.updates} updates x {ppo.prompts_per_step} rollouts, {ppo.epochs} epochs x"
-            f" {self.num_minibatches} minibatches, {len(train)} prompts"
+            f" {self.num_minibatches} minibatches, {len(self.train)} prompts, {self.agent.kind} critic"
         )
 
     def run(self) -> None:
@@ -188,15 +182,14 @@ class _Loop:
             rollout = self._roll_out(
                 [self.train[i] for i in self._picked()], "rollout", self.update
             )
-            row = self._rollout_metrics(rollout)
+            row = rollout_metrics(rollout, self.kl_coef)
             # 3 rewards and advantages
-            experience = self._experience(rollout)
+            experience = to_experience(rollout, self.kl_coef, self.ppo)
             row["explained_variance"] = ppo_math.explained_variance(
                 rollout.values_BR, experience.returns_BR, rollout.batch.valid_BR
             ).item()
             # 4 optimise
             row |= self._optimise(experience)
-            self._spend(rollout, 6 * self.ppo.epochs * sum(self.sizes.values()))
             check_finite(self.update + 1, "ppo", **row)
             self.update += 1
             if self.ppo.kl_control == "adaptive":
@@ -207,6 +200,9 @@ class _Loop:
                     self.ppo.prompts_per_step,
                     self.ppo.kl_horizon,
                 )
+            for alarm in self.alarms.check(self.update, row):
+                self.out.say(f"WARNING at update {self.update}: {alarm}")
+            row["alarms"] = len(self.alarms.holding)
             last = self.update == self.ppo.updates
             if self.update % self.ppo.eval_every_updates == 0 or last:
                 row |= self._validate(self.update)
@@ -214,6 +210,7 @@ class _Loop:
             self.out.progress(self.update, self.ppo.updates, "update")
             if self.update % self.ppo.checkpoint_every_updates == 0 and not last:
                 self._save()
+        self.out.derived["alarms"] = self.alarms.said
 
     def _seed(self, *purpose: Any) -> int:
         return seed_for(self.settings.run.seed, "ppo", self.out.round, *purpose)
@@ -231,172 +228,193 @@ class _Loop:
             "prompts",
         )
 
-    def _roll_out(self, prompts: list[PromptIds], *purpose: Any) -> Rollout:
+    def _roll_out(
+        self, prompts: list[PromptIds], *purpose: Any, with_gold: bool = False
+    ) -> Rollout:
         seeds = [self._seed(*purpose, i) for i in range(len(prompts))]
-        rollout = roll_out(self.models, [p.ids for p in prompts], seeds, self.ppo, self.accelerator)
+        rollout = roll_out(self.models, prompts, seeds, self.ppo, self.accelerator, with_gold)
         self.out.cost["tokens"] += int(rollout.batch.response_tokens_B.sum())
-        # the policy reads each token once while it decodes, the other three score it
-        self._spend(rollout, 2 * self.sizes["policy"] + 6 * self.sizes["value"])
+        # the policy reads each token once while it decodes; reference, critic and reward model once
+        self._spend(rollout, 2 * 4)
         return rollout
 
-    def _spend(self, rollout: Rollout, flops_per_token: int) -> None:
+    def _spend(self, rollout: Rollout, flops_per_weight: int) -> None:
         lengths_B = rollout.batch.prompt_tokens_B + rollout.batch.response_tokens_B
-        self.out.cost["flops"] += float(lengths_B.sum()) * flops_per_token
-
-    def _experience(self, rollout: Rollout) -> Experience:
-        valid_BR = rollout.batch.valid_BR
-        rewards_BR = ppo_math.kl_penalised_rewards(
-            rollout.scores_B, rollout.logprobs_BR, rollout.ref_logprobs_BR, valid_BR, self.kl_coef
-        )
-        advantages_BR, returns_BR = ppo_math.gae_advantages(
-            rewards_BR, rollout.values_BR, valid_BR, self.ppo.gamma, self.ppo.lam
-        )
-        if self.ppo.whiten_advantages:
-            # over the rows of all ranks: every rank holds the whole rollout
-            advantages_BR = ppo_math.whiten(advantages_BR, valid_BR)
-        return Experience(rollout, advantages_BR, returns_BR)
+        size = num_parameters(self.agent.policy)
+        self.out.cost["flops"] += float(lengths_B.sum()) * flops_per_weight * size
 
     def _optimise(self, experience: Experience) -> Metrics:
-        """`epochs` passes over the rollout; averages over all their tokens for the log."""
-        ppo = self.ppo
-        totals: dict[str, float] = {}
-        step = self.update * ppo.epochs * self.num_minibatches
+        """`epochs` passes over the rollout; averages over the steps done, for the log."""
+        ppo, rows = self.ppo, []
         for epoch in range(ppo.epochs):
             order = permutation(
                 ppo.prompts_per_step, self.settings.run.seed, "ppo", self.update, epoch
             )
-            for at in range(0, ppo.prompts_per_step, self.minibatch_rows):
-                factor = warmup_linear(step, self.total_steps, ppo.warmup_fraction)
-                set_lr(self.policy_optimizer, ppo.lr * factor)
-                set_lr(self.value_optimizer, (ppo.value_lr or ppo.lr) * factor)
-                stats = self._minibatch(experience, order[at : at + self.minibatch_rows])
-                for name, value in stats.items():
-                    best = max(totals.get(name, 0.0), value)
-                    totals[name] = best if name.endswith("_max") else totals.get(name, 0.0) + value
-                step += 1
-        steps = ppo.epochs * self.num_minibatches
-        row = {k: v if k.endswith("_max") else v / steps for k, v in totals.items()}
-        return {**row, "lr": ppo.lr * factor}
-
-    def _minibatch(self, experience: Experience, rows: list[int]) -> Metrics:
-        """One optimiser step of policy and value model over the minibatch rows of all ranks."""
-        ppo, models, accelerator = self.ppo, self.models, self.accelerator
-        rollout, world = experience.rollout, accelerator.num_processes
-        lengths_B = rollout.batch.prompt_tokens_B + rollout.batch.response_tokens_B
-        index = torch.tensor(rows, device=lengths_B.device)
-        num_valid = int(rollout.batch.response_tokens_B[index].sum())
-        own = rows[accelerator.process_index :: world]
-        parts = list(in_micro_batches(lengths_B[own].tolist(), ppo.rows_per_rank, lengths_B.device))
-        train_policy = self.update >= ppo.value_warmup_updates
-        sums = torch.zeros(6, device=lengths_B.device)
-        ratio_max = 0.0
-        for number, part in enumerate(parts):
-            with contextlib.ExitStack() as stack:
-                if number < len(parts) - 1:
-                    # gradients are exchanged once, in the last micro-batch
-                    stack.enter_context(accelerator.no_sync(models.wrapped_policy))
-                    stack.enter_context(accelerator.no_sync(models.wrapped_value))
-                stack.enter_context(accelerator.autocast())
-                stats = self._backward(experience, [own[i] for i in part], num_valid, train_policy)
-            sums += stats
-            ratio_max = max(ratio_max, stats[5].item())
-        policy_norm = value_norm = 0.0
-        if train_policy:
-            policy_norm = clip_gradients(models.policy, ppo.max_grad_norm)
-            self.policy_optimizer.step()
-        value_norm = clip_gradients(models.value, ppo.max_grad_norm)
-        self.value_optimizer.step()
-        self.policy_optimizer.zero_grad(set_to_none=True)
-        self.value_optimizer.zero_grad(set_to_none=True)
-        totals = sum_over_ranks(accelerator)(sums).tolist()
-        return {
-            "policy_loss": totals[0],
-            "value_loss": totals[1],
-            "clip_fraction": totals[2] / num_valid,
-            "approx_kl": totals[3] / num_valid,
-            "entropy": totals[4] / num_valid,
-            "ratio_max": max(gather_list([ratio_max], accelerator)),
-            "policy_grad_norm": policy_norm,
-            "value_grad_norm": value_norm,
+            for number in range(self.num_minibatches):
+                at = number * self.minibatch_rows
+                step = epoch * self.num_minibatches + number
+                rows.append(self._minibatch(experience, order[at : at + self.minibatch_rows], step))
+            moved = [row.get("approx_kl", 0.0) for row in rows[-self.num_minibatches :]]
+            if sum(moved) / len(moved) > ppo.max_update_kl:
+                break
+        self._spend(experience.rollout, 6 * (epoch + 1) * (1 if self.agent.kind == "shared" else 2))
+        found = {
+            key: max(row[key] for row in rows)
+            if key.endswith("_max")
+            else sum(row[key] for row in rows) / len(rows)
+            for key in rows[0]
         }
+        return {**found, "epochs_done": epoch + 1, "lr": self._lr(ppo.lr, self.warmup_updates, 0)}
 
-    def _backward(
-        self, experience: Experience, rows: list[int], num_valid: int, train_policy: bool
-    ) -> Tensor:
-        """Add one micro-batch's gradients; (policy loss, value loss, clipped, kl, entropy, ratio)."""
-        ppo, models = self.ppo, self.models
-        rollout, world = experience.rollout, self.accelerator.num_processes
-        batch = rollout.batch.rows(rows)
-        valid_BR = batch.valid_BR
-        R = valid_BR.shape[1]
+    def _lr(self, peak: float, from_update: int, step: int) -> float:
+        """Linear warm-up and decay over the optimiser steps of the updates `from_update` on."""
+        total = (self.ppo.updates - from_update) * self.steps_per_update
+        done = (self.update - from_update) * self.steps_per_update + step
+        return peak * warmup_linear(max(0, done), total, self.ppo.warmup_fraction)
+
+    def _minibatch(self, experience: Experience, rows: list[int], step: int) -> Metrics:
+        """One optimiser step of policy and critic over the minibatch rows of all ranks."""
+        ppo, accelerator = self.ppo, self.accelerator
+        batch = experience.rollout.batch
+        lengths_B = batch.prompt_tokens_B + batch.response_tokens_B
+        device, vocab_size = lengths_B.device, self.agent.policy.config.vocab_size
+        num_valid = int(batch.response_tokens_B[torch.tensor(rows, device=device)].sum())
+        own = rows[accelerator.process_index :: accelerator.num_processes]
+        parts = list(
+            in_micro_batches(lengths_B[own].tolist(), ppo.rows_per_rank, device, vocab_size)
+        )
+        train_policy = self.update >= self.warmup_updates
+        passes = self.agent.passes if train_policy else self.agent.passes[:1]
+        ptx_parts: list[Sequences | None] = [None] * len(parts)
+        if self.ptx and train_policy:
+            ptx_parts = self.ptx.split(self.update * self.steps_per_update + step, len(parts))
+        sums: dict[str, Tensor] = {}
+        for number, (part, ptx) in enumerate(zip(parts, ptx_parts, strict=True)):
+            for module in passes:
+                with contextlib.ExitStack() as stack:
+                    if number < len(parts) - 1:
+                        # gradients are exchanged once, in the last micro-batch
+                        stack.enter_context(accelerator.no_sync(module))
+                    picked = [own[i] for i in part]
+                    outputs = module(batch.rows(picked), ptx)
+                    loss, found = self._loss(outputs, experience, picked, num_valid, train_policy)
+                    # gradients are averaged over ranks, while num_valid counts the tokens of all
+                    accelerator.backward(loss * accelerator.num_processes)
+                for name, value in found.items():
+                    before = sums.get(name, torch.zeros_like(value))
+                    sums[name] = (
+                        torch.maximum(before, value) if name == "ratio_max" else before + value
+                    )
+        norms = {}
+        if train_policy:
+            set_lr(self.policy_optimizer, self._lr(ppo.lr, self.warmup_updates, step))
+            norms["policy_grad_norm"] = clip_gradients(
+                self.policy_parameters.values(), ppo.max_grad_norm
+            )
+            self.policy_optimizer.step()
+        set_lr(self.value_optimizer, self._lr(ppo.value_lr or ppo.lr, 0, step))
+        norms["value_grad_norm"] = clip_gradients(self.value_parameters.values(), ppo.max_grad_norm)
+        self.value_optimizer.step()
+        for optimizer in (self.policy_optimizer, self.value_optimizer):
+            optimizer.zero_grad(set_to_none=True)
+        return {**self._gathered(sums, num_valid), **norms}
+
+    def _loss(
+        self,
+        outputs: TokenOutputs,
+        experience: Experience,
+        rows: list[int],
+        num_valid: int,
+        train_policy: bool,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch: of policy, critic or both; sums over its tokens for the log."""
+        ppo, rollout = self.ppo, experience.rollout
+        valid_BR = rollout.batch.rows(rows).valid_BR
+        index = torch.tensor(rows, device=valid_BR.device)
 
         def own(x_BR: Tensor) -> Tensor:
-            return x_BR[torch.tensor(rows, device=x_BR.device), :R]
+            return x_BR[index, : valid_BR.shape[1]]
 
-        values_BR = models.wrapped_value(batch.tokens_BT, batch.predict_BR)
-        value_loss = ppo_math.value_loss(
-            values_BR,
-            own(rollout.values_BR),
-            own(experience.returns_BR),
-            valid_BR,
-            ppo.value_clip,
-            num_valid,
-        )
-        # gradients are averaged over ranks, while num_valid counts the tokens of all of them
-        self.accelerator.backward(value_loss * world)
-        logprobs_BR, entropy_BR = response_logprobs(
-            models.wrapped_policy, batch, ppo.temperature, with_entropy=True
-        )
-        loss = ppo_math.policy_loss(
-            logprobs_BR,
-            own(rollout.logprobs_BR),
-            own(experience.advantages_BR),
-            valid_BR,
-            ppo.clip_low,
-            ppo.clip_high,
-            num_valid,
-        )
-        if train_policy:
-            self.accelerator.backward(loss.loss * world)
-        assert entropy_BR is not None
-        entropy = torch.where(valid_BR, entropy_BR, 0.0).sum()
-        parts = (loss.loss, value_loss, loss.clipped, loss.approx_kl, entropy, loss.ratio_max)
-        return torch.stack([part.detach().float() for part in parts])
+        loss = torch.zeros((), device=valid_BR.device)
+        found: dict[str, Tensor] = {}
+        if outputs.values_BR is not None:
+            returns_BR = own(experience.returns_BR)
+            value_loss = ppo_math.value_loss(
+                outputs.values_BR,
+                own(rollout.values_BR),
+                returns_BR,
+                valid_BR,
+                ppo.value_clip,
+                num_valid,
+            )
+            loss = loss + value_loss * (ppo.vf_coef if self.agent.kind == "shared" else 1.0)
+            error_BR = torch.where(valid_BR, outputs.values_BR - returns_BR, 0.0)
+            found |= {"value_loss": value_loss, "value_error": error_BR.square().sum()}
+        if outputs.logprobs_BR is not None:
+            assert outputs.entropy_BR is not None
+            policy = ppo_math.policy_loss(
+                outputs.logprobs_BR,
+                own(rollout.logprobs_BR),
+                own(experience.advantages_BR),
+                valid_BR,
+                ppo.clip_low,
+                ppo.clip_high,
+                num_valid,
+            )
+            entropy = torch.where(valid_BR, outputs.entropy_BR, 0.0).sum()
+            policy_loss = policy.loss - ppo.entropy_coef * entropy / num_valid
+            if outputs.ptx_logprobs_BR is not None:
+                assert self.ptx is not None
+                ptx_loss = -outputs.ptx_logprobs_BR.sum() / self.ptx.tokens_per_step
+                policy_loss = policy_loss + ppo.ptx_coef * ptx_loss
+                found["ptx_loss"] = ptx_loss
+            # a policy in wait still takes part in the exchange of gradients
+            loss = loss + policy_loss * (1.0 if train_policy else 0.0)
+            found |= {
+                "policy_loss": policy.loss,
+                "clip_fraction": policy.clipped,
+                "approx_kl": policy.approx_kl,
+                "entropy": entropy,
+                "ratio_max": policy.ratio_max,
+            }
+        return loss, {name: value.detach().float() for name, value in found.items()}
+
+    def _gathered(self, sums: dict[str, Tensor], num_valid: int) -> Metrics:
+        """Sums over the micro-batches of all ranks; means over tokens where they are such."""
+        ratio_max = sums.pop("ratio_max", None)
+        names = list(sums)
+        totals = sum_over_ranks(self.accelerator)(torch.stack([sums[name] for name in names]))
+        found = dict(zip(names, totals.tolist(), strict=True))
+        for name in ("clip_fraction", "approx_kl", "entropy", "value_error"):
+            if name in found:
+                found[name] /= num_valid
+        if ratio_max is not None:
+            found["ratio_max"] = max(gather_list([ratio_max.item()], self.accelerator))
+        return found
 
     # look, choose, save ---------------------------------------------------------------------
-
-    def _rollout_metrics(self, rollout: Rollout) -> Metrics:
-        valid_BR = rollout.batch.valid_BR
-        kl = ppo_math.kl_estimates(rollout.logprobs_BR, rollout.ref_logprobs_BR, valid_BR)
-        score, kl_nats = rollout.scores_B.mean().item(), kl.k1_BR.sum(-1).mean().item()
-        return {
-            "score": score,
-            "kl": kl_nats,
-            "kl_k3": kl.k3_BR.sum(-1).mean().item(),
-            "reward": score - self.kl_coef * kl_nats,
-            "kl_coef": self.kl_coef,
-            "response_tokens": rollout.batch.response_tokens_B.float().mean().item(),
-            "eos_rate": rollout.ended_B.float().mean().item(),
-        }
 
     def _validate(self, update: int) -> Metrics:
         """Score the policy on validation prompts, always with the same random numbers; keep the best."""
         # prompts and seeds stay the same, so that only the policy makes a difference
-        rollout = self._roll_out(self.validation, "validation")
-        row = self._rollout_metrics(rollout)
+        rollout = self._roll_out(self.validation, "validation", with_gold=True)
+        row = rollout_metrics(rollout, self.ppo.kl_coef)
         # the fixed coefficient: an adaptive one would compare updates by different measures
         # and an estimate below 0, which few prompts can give, is no bonus
-        reward = row["score"] - self.ppo.kl_coef * max(row["kl"], 0.0)
+        penalty = self.ppo.kl_coef * max(row["kl"], 0.0)
         found = {
             "validation_score": row["score"],
             "validation_kl": row["kl"],
-            "validation_reward": reward,
+            "validation_reward": row["score"] - penalty,
         }
-        if reward > self.best_metrics["validation_reward"]:
-            self.best = {
-                k: v.detach().clone() for k, v in trainable_tensors(self.models.policy).items()
-            }
-            self.best_metrics = {"best_update": update, **found}
+        value = found["validation_reward"]
+        if self.models.gold is not None:
+            found["validation_gold"] = row["score/gold"]
+            if self.ppo.keep_best_by == "gold":
+                value = row["score/gold"] - penalty
+        if value > self.best_value:
+            self.best = {k: v.detach().clone() for k, v in self.policy_parameters.items()}
+            self.best_metrics, self.best_value = {"best_update": update, **found}, value
         self._show(update, rollout)
         return found
 
@@ -418,13 +436,19 @@ class _Loop:
         self.checkpoints.save(
             self.update,
             {
-                "policy": trainable_tensors(self.models.policy),
-                "value": trainable_tensors(self.models.value),
+                "policy": self.policy_parameters,
+                "value": self.value_parameters,
                 "policy_optimizer": optimizer_tensors(self.policy_optimizer),
                 "value_optimizer": optimizer_tensors(self.value_optimizer),
                 "best": self.best,
             },
-            {"kl_coef": self.kl_coef, "best_metrics": self.best_metrics, "cost": self.out.cost},
+            {
+                "kl_coef": self.kl_coef,
+                "best_metrics": self.best_metrics,
+                "best_value": self.best_value,
+                "alarms": self.alarms.state(),
+                "cost": self.out.cost,
+            },
         )
 
     def _resume(self) -> bool:
@@ -433,12 +457,14 @@ class _Loop:
         if found is None:
             return False
         device = self.accelerator.device
-        load_trainable(self.models.policy, found.tensors["policy"])
-        load_trainable(self.models.value, found.tensors["value"])
+        load_trainable(self.policy_parameters, found.tensors["policy"])
+        load_trainable(self.value_parameters, found.tensors["value"])
         load_optimizer(self.policy_optimizer, found.tensors.get("policy_optimizer", {}))
         load_optimizer(self.value_optimizer, found.tensors["value_optimizer"])
         self.best = {name: tensor.to(device) for name, tensor in found.tensors["best"].items()}
         self.best_metrics = found.state["best_metrics"]
+        self.best_value = found.state["best_value"]
+        self.alarms.restore(found.state["alarms"])
         self.kl_coef = found.state["kl_coef"]
         self.out.cost.update(found.state["cost"])
         self.update = found.step

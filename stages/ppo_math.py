@@ -95,17 +95,21 @@ def policy_loss(
     clip_low: float,
     clip_high: float,
     num_valid: Tensor | float,
+    weights_BR: Tensor | None = None,
 ) -> PolicyLoss:
     """Clipped surrogate (PPO paper, eq. 7), summed over valid tokens and divided by `num_valid`.
 
     num_valid: valid tokens of the whole minibatch over all ranks, so that neither micro-batches nor
-    ranks change the result.
+    ranks change the result. weights_BR: importance weights of tokens that another engine sampled
+    (`truncated_importance`); None is 1.
     """
     log_ratio_BR = torch.where(valid_BR, logprobs_BR - old_logprobs_BR, 0.0)
     log_ratio_BR = log_ratio_BR.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     ratio_BR = log_ratio_BR.exp()
     clipped_BR = ratio_BR.clamp(1 - clip_low, 1 + clip_high)
     surrogate_BR = torch.minimum(ratio_BR * advantages_BR, clipped_BR * advantages_BR)
+    if weights_BR is not None:
+        surrogate_BR = weights_BR * surrogate_BR
     loss = -torch.where(valid_BR, surrogate_BR, 0.0).sum() / num_valid
     with torch.no_grad():
         is_clipped_BR = valid_BR & (clipped_BR * advantages_BR < ratio_BR * advantages_BR)

@@ -1,7 +1,8 @@
 """Prompts and responses as tensors, and what models say of them: logprobs, values, scores.
 
-Shapes: B rows, P prompt, R response tokens, T = P + R, V vocabulary. Rows are right-padded, so a
-causal model needs neither a mask nor position ids to be right on the real tokens.
+Shapes: B rows, P prompt, R response tokens, T = P + R, H hidden width, V vocabulary, N the valid
+response tokens of all rows, one after the other. Rows are right-padded, so a causal model needs
+neither a mask nor position ids to be right on the real tokens.
 """
 
 from __future__ import annotations
@@ -47,6 +48,20 @@ class Sequences(NamedTuple):
         spots_BR = (self.predict_BR + 1).clamp(max=self.tokens_BT.shape[1] - 1)
         return self.tokens_BT.gather(-1, spots_BR)
 
+    @property
+    def predicts_BT(self) -> Tensor:
+        """True where the output predicts a response token: in the order of rows, N times."""
+        T = self.tokens_BT.shape[1]
+        first_B1 = self.prompt_tokens_B.unsqueeze(-1) - 1
+        spots_T = torch.arange(T, device=self.tokens_BT.device)
+        return (spots_T >= first_B1) & (spots_T < first_B1 + self.response_tokens_B.unsqueeze(-1))
+
+    def spread(self, x_N: Tensor) -> Tensor:
+        """Numbers of the N valid response tokens as `[B, R]`, 0 elsewhere."""
+        valid_BR = self.valid_BR
+        zeros_BR = torch.zeros(valid_BR.shape, dtype=x_N.dtype, device=x_N.device)
+        return zeros_BR.masked_scatter(valid_BR, x_N)
+
     def rows(self, index: list[int]) -> Sequences:
         """Some rows, cut to the longest of them."""
         at = torch.tensor(index, device=self.tokens_BT.device)
@@ -69,51 +84,33 @@ def make_sequences(
 
 
 def response_logprobs(
-    policy: nn.Module, batch: Sequences, temperature: float, with_entropy: bool = False
+    policy: nn.Module,
+    batch: Sequences,
+    temperature: float,
+    with_entropy: bool = False,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Logprobs of the response tokens at `temperature`, and the entropy, `[B, R]`; float32.
 
-    Not valid slots hold arbitrary finite numbers.
+    Slots that are not valid hold 0. entropy_gradient: it costs time, so only for a bonus in the loss.
     """
-    # logits only from the first response token of the shortest prompt on
-    first = int(batch.prompt_tokens_B.min()) - 1
-    logits_BTV = policy(
-        input_ids=batch.tokens_BT,
-        use_cache=False,
-        logits_to_keep=batch.tokens_BT.shape[1] - first,
+    # only what predicts a response token passes the output head: logits [N, V], not [B, T, V]
+    logits_NV = policy(
+        input_ids=batch.tokens_BT, use_cache=False, logits_to_keep=batch.predicts_BT
     ).logits
-    spots_BR = batch.predict_BR - first
-    V = logits_BTV.shape[-1]
-    logits_BRV = logits_BTV.gather(1, spots_BR.unsqueeze(-1).expand(-1, -1, V)).float()
     # a bf16 softmax alone costs more accuracy than the whole bf16 forward
-    logprobs_BRV = (logits_BRV / temperature).log_softmax(-1)
-    logprobs_BR = logprobs_BRV.gather(-1, batch.responses_BR.unsqueeze(-1)).squeeze(-1)
+    logits_NV = logits_NV.float()
+    if temperature != 1:
+        logits_NV = logits_NV / temperature
+    total_N = logits_NV.logsumexp(-1)
+    targets_N1 = batch.responses_BR[batch.valid_BR].unsqueeze(-1)
+    logprobs_N = logits_NV.gather(-1, targets_N1).squeeze(-1) - total_N
     if not with_entropy:
-        return logprobs_BR, None
-    with torch.no_grad():
-        entropy_BR = -(logprobs_BRV.exp() * logprobs_BRV).sum(-1)
-    return logprobs_BR, entropy_BR
-
-
-class ValueModel(nn.Module):
-    """A reward model read at every response token: the value of the state before it.
-
-    mean, std: normalisation of the reward model, so that values start on the scale of the scores.
-    """
-
-    def __init__(self, backbone: nn.Module, head: nn.Module, mean: float, std: float) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = head
-        self.mean = mean
-        self.std = std
-
-    def forward(self, tokens_BT: Tensor, spots_BR: Tensor) -> Tensor:
-        """Values `[B, R]` at positions `spots_BR` of `tokens_BT`; float32."""
-        hidden_BTH = self.backbone(input_ids=tokens_BT, use_cache=False).last_hidden_state
-        H = hidden_BTH.shape[-1]
-        hidden_BRH = hidden_BTH.gather(1, spots_BR.unsqueeze(-1).expand(-1, -1, H))
-        return (self.head(hidden_BRH).squeeze(-1).float() - self.mean) / self.std
+        return batch.spread(logprobs_N), None
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+        # -sum p log p = log Z - sum p logit
+        entropy_N = total_N - (logits_NV.softmax(-1) * logits_NV).sum(-1)
+    return batch.spread(logprobs_N), batch.spread(entropy_N)
 
 
 def last_token_scores(
@@ -126,12 +123,15 @@ def last_token_scores(
 
 
 def in_micro_batches(
-    lengths: list[int], rows_at_once: int, device: torch.device
+    lengths: list[int], rows_at_once: int, device: torch.device, vocab_size: int = 1
 ) -> Iterator[list[int]]:
-    """Row positions in batches of similar length, sized for the device."""
+    """Row positions in batches of similar length, sized for the device.
+
+    vocab_size: of logits that each token may cost; they stay below 2^27 numbers a batch.
+    """
     # measured: short batches win on a CPU, which gains nothing from wide ones
-    max_tokens = 1024 if device.type == "cpu" else 16384
-    yield from micro_batches(lengths, rows_at_once, max_tokens)
+    max_tokens = 512 if device.type == "cpu" else 16384
+    yield from micro_batches(lengths, rows_at_once, min(max_tokens, max(1, 2**27 // vocab_size)))
 
 
 @torch.no_grad()
@@ -152,12 +152,16 @@ def score_all(
 
 @torch.no_grad()
 def over_responses(
-    function: Callable[[Sequences], Tensor], batch: Sequences, rows_at_once: int = 64
+    function: Callable[[Sequences], Tensor],
+    batch: Sequences,
+    rows_at_once: int = 64,
+    vocab_size: int = 1,
 ) -> Tensor:
     """`function` (Sequences -> `[b, r]`) over all rows in batches of similar length, as `[B, R]`."""
     lengths = (batch.prompt_tokens_B + batch.response_tokens_B).tolist()
-    result_BR = torch.zeros(batch.valid_BR.shape, device=batch.tokens_BT.device)
-    for index in in_micro_batches(lengths, rows_at_once, batch.tokens_BT.device):
-        part = function(batch.rows(index))
-        result_BR[torch.tensor(index, device=part.device), : part.shape[1]] = part
+    device = batch.tokens_BT.device
+    result_BR = torch.zeros(batch.valid_BR.shape, device=device)
+    for index in in_micro_batches(lengths, rows_at_once, device, vocab_size):
+        part_BR = function(batch.rows(index))
+        result_BR[torch.tensor(index, device=device), : part_BR.shape[1]] = part_BR
     return result_BR

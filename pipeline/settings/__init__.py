@@ -76,6 +76,10 @@ class Settings(Strict):
             )
         if self.run.rounds > 1 and self.sample.prompts is None:
             raise ValueError("run.rounds above 1 needs sample.prompts to sample from")
+        if self.ppo.ptx_coef > 0 and not (self.ppo.ptx_data or self.pretrain.data):
+            raise ValueError(
+                "ppo.ptx_coef needs text: set ppo.ptx_data, for instance to a text file"
+            )
         rows = self.ppo.minibatch_rows or self.ppo.prompts_per_step
         # ppo comes last: hours later would be too late to say so
         if (self.sample.prompts or self.rank.data) and rows % self.launch.processes:

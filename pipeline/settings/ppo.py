@@ -13,6 +13,9 @@ class PpoSettings(Strict):
 
     prompts: DataSources | None = unhashed(None)
     """Prompts; null uses those of the sample step, or else of the rankings."""
+    critic: Literal["separate", "shared", "lora"] | None = None
+    """separate: a model of its own, begun as the reward model. shared: a head on the policy, the fast one.
+    lora: adapters of policy and critic on one base. Null is lora with ppo.lora, else separate."""
     updates: int = Field(100, ge=1)
     """PPO updates: rollout, then epochs of optimisation."""
     prompts_per_step: int = Field(64, ge=1)
@@ -23,6 +26,8 @@ class PpoSettings(Strict):
     """Rollouts that one process decodes or trains on at once (memory, not result)."""
     epochs: int = Field(4, ge=1)
     """Passes over the rollouts of an update (TRL, Ziegler et al. 2019: 4)."""
+    max_update_kl: float = Field(0.02, gt=0)
+    """Leave out the remaining passes of an update once KL(old, new) exceeds this, in nats a token."""
     max_prompt_tokens: int = Field(256, ge=1)
     """Longer prompts are left out and counted."""
     max_response_tokens: int = Field(128, ge=1)
@@ -48,21 +53,49 @@ class PpoSettings(Strict):
     gamma: float = Field(1.0, gt=0, le=1)
     """Discount (1: episodes are short)."""
     lam: float = Field(0.95, ge=0, le=1)
-    """lambda of generalised advantage estimation (arXiv 1506.02438)."""
+    """lambda of generalised advantage estimation (arXiv 1506.02438; Ziegler, TRL: 0.95)."""
+    lam_value: float | None = Field(None, ge=0, le=1)
+    """lambda of the returns that the critic learns; null is lam (1 suits long responses, arXiv 2503.01491)."""
     clip_low: float = Field(0.2, gt=0, lt=1)
     """The ratio is clipped below at 1 - clip_low (PPO paper, eq. 7: 0.2)."""
     clip_high: float = Field(0.2, gt=0)
     """The ratio is clipped above at 1 + clip_high."""
     value_clip: float = Field(0.2, gt=0)
-    """A value may move this far from its rollout value in one update."""
+    """A value may move this far from its rollout value in one update (OpenAI baselines, TRL: 0.2)."""
+    vf_coef: float = Field(0.1, gt=0)
+    """Weight of the value loss where policy and critic share a trunk (Ziegler et al. 2019: 0.1)."""
+    entropy_coef: float = Field(0.0, ge=0)
+    """Weight of the mean entropy of a token as a bonus in the loss."""
     whiten_advantages: bool = True
     """Advantages to mean 0 and standard deviation 1 over all tokens of all ranks."""
     score_clip: float = Field(5.0, gt=0)
     """Normalised reward-model scores are clipped to +- this (DeepSpeed-Chat: 5)."""
     missing_eos_penalty: float = Field(1.0, ge=0)
-    """Subtracted from the score of a response that does not end by itself."""
-    value_warmup_updates: int = Field(0, ge=0)
-    """First updates that train the value model only."""
+    """Subtracted from the score of a response that does not end by itself (TRL's example: 1)."""
+    length_penalty: float = Field(0.0, ge=0)
+    """Subtracted from the score for each token of the response."""
+    reward_weight: float = 1.0
+    """Weight of the reward step's own model in the score."""
+    reward_models: DataSources | None = unhashed(None)
+    """Further reward models: folders as the reward step publishes them."""
+    reward_model_weights: tuple[float, ...] = ()
+    """Their weights in the score, in the same order."""
+    rules: dict[str, float] = Field(default_factory=dict)
+    """Weights of Python rules, by their entry-point name (group prefline.rewards)."""
+    gold: DataSources | None = unhashed(None)
+    """A reward model that is watched on validation prompts and never optimised."""
+    keep_best_by: Literal["reward", "gold"] = "reward"
+    """The published policy: best by validation score minus KL penalty, of the reward or of ppo.gold."""
+    ptx_coef: float = Field(0.0, ge=0)
+    """Weight of the pretraining loss mixed into each step (InstructGPT, arXiv 2203.02155, eq. 2: 27.8)."""
+    ptx_data: DataSources | None = unhashed(None)
+    """Text for it; null uses pretrain.data."""
+    ptx_rows: int = Field(16, ge=1)
+    """Rows of that text in each optimiser step, over all ranks."""
+    ptx_tokens: int = Field(128, ge=8)
+    """Tokens of such a row."""
+    value_warmup_updates: int | None = Field(None, ge=0)
+    """First updates that train the critic only; null is 10 for one that starts from zero, else 0."""
     lora: LoraSettings = LoraSettings()
     """Low-rank adapters for the policy instead of full fine-tuning."""
     eval_every_updates: int = Field(10, ge=1)
@@ -79,6 +112,17 @@ class PpoSettings(Strict):
                 "lora.dropout must be 0 in ppo: dropout would change the probability ratio of an"
                 " unchanged policy"
             )
+        if self.critic == "lora" and self.lora.rank == 0:
+            raise ValueError("critic: lora needs adapters: set lora.rank, for instance to 8")
+        if len(self.reward_models or ()) != len(self.reward_model_weights):
+            raise ValueError(
+                f"reward_models names {len(self.reward_models or ())} models, but"
+                f" reward_model_weights has {len(self.reward_model_weights)} weights"
+            )
+        if len(self.gold or ()) > 1:
+            raise ValueError("gold: one reward model, not several")
+        if self.keep_best_by == "gold" and self.gold is None:
+            raise ValueError("keep_best_by: gold needs ppo.gold, a reward model of its own")
         if self.minibatch_rows and self.prompts_per_step % self.minibatch_rows:
             raise ValueError(
                 f"minibatch_rows {self.minibatch_rows} does not divide"

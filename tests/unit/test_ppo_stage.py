@@ -11,7 +11,9 @@ import pytest
 from torch import nn
 
 from pipeline.job import Job, Out
+from pipeline.settings.ppo import PpoSettings
 from stages import ppo
+from stages.alarms import Alarms
 from stages.checkpoints import Checkpointer
 from stages.common import adamw
 
@@ -29,12 +31,14 @@ def loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     found: Any = object.__new__(ppo._Loop)
     found.out = Out(Job("ppo", "ppo", "stages.ppo", 1, "f" * 64, tmp_path, tmp_path, {}, {}, {}))
     found.checkpoints = Checkpointer(found.out, 2)
-    found.models = SimpleNamespace(policy=nn.Linear(2, 2), value=nn.Linear(2, 1))
-    found.policy_optimizer = adamw(found.models.policy, 1e-3, 0.0)
-    found.value_optimizer = adamw(found.models.value, 1e-3, 0.0)
+    found.policy_parameters = dict(nn.Linear(2, 2).named_parameters())
+    found.value_parameters = dict(nn.Linear(2, 1).named_parameters())
+    found.policy_optimizer = adamw(found.policy_parameters.values(), 1e-3, 0.0)
+    found.value_optimizer = adamw(found.value_parameters.values(), 1e-3, 0.0)
     found.accelerator = SimpleNamespace(device="cpu")
     found.ppo = SimpleNamespace(updates=0)
-    found.update, found.kl_coef, found.best_metrics = 0, 0.1, {}
+    found.alarms = Alarms(PpoSettings())
+    found.update, found.kl_coef, found.best_metrics, found.best_value = 0, 0.1, {}, 0.0
     return found
 
 

@@ -1,0 +1,128 @@
+"""What PPO optimises: a weighted sum of reward models and of rules, one number for each response.
+
+A rule is a Python function `rule(messages, response) -> float` that an installed package declares
+under the entry-point group `prefline.rewards`; settings name it, and never a file or a class:
+
+    [project.entry-points."prefline.rewards"]
+    no_urls = "my_package.rules:no_urls"
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.errors import ConfigError, StageError
+from pipeline.settings.ppo import PpoSettings
+from stages.chat import decode_response
+from stages.rollout import score_all
+
+GROUP = "prefline.rewards"
+Rule = Callable[[list[dict[str, Any]], str], float]
+
+
+@dataclass
+class RewardModel:
+    """A frozen reward model with its normalisation: (raw - mean) / std."""
+
+    name: str
+    weight: float
+    model: PreTrainedModel
+    mean: float
+    std: float
+
+
+@dataclass
+class Rewards:
+    """All sources. gold: a reward model that is watched and never optimised (weight 0)."""
+
+    models: list[RewardModel]
+    rules: dict[str, tuple[Rule, float]]
+
+    def scores(
+        self,
+        rows: list[list[int]],
+        messages: list[list[dict[str, Any]]],
+        responses: list[list[int]],
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+        ppo: PpoSettings,
+    ) -> dict[str, Tensor]:
+        """Each source's unweighted scores `[B]`, of models normalised and clipped, by name.
+
+        rows: prompt + response ids as the reward model was trained on them. responses: ids that
+        become the text that a rule sees.
+        """
+        found: dict[str, Tensor] = {}
+        for source in self.models:
+            raw_B = score_all(source.model, rows, tokenizer.pad_token_id, device, ppo.rows_per_rank)
+            normalised_B = (raw_B - source.mean) / source.std
+            found[source.name] = normalised_B.clamp(-ppo.score_clip, ppo.score_clip)
+        texts = [decode_response(tokenizer, ids) for ids in responses] if self.rules else []
+        for name, (rule, _) in self.rules.items():
+            values = [
+                _apply(name, rule, prompt, text)
+                for prompt, text in zip(messages, texts, strict=True)
+            ]
+            found[name] = torch.tensor(values, device=device)
+        return found
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {source.name: source.weight for source in self.models} | {
+            name: weight for name, (_, weight) in self.rules.items()
+        }
+
+
+def load_rules(weights: dict[str, float]) -> dict[str, tuple[Rule, float]]:
+    """The rules that settings name, with their weights.
+
+    Raises:
+        ConfigError: no installed package declares one of them, or it cannot be imported.
+    """
+    declared = {point.name: point for point in entry_points(group=GROUP)}
+    rules: dict[str, tuple[Rule, float]] = {}
+    for name, weight in weights.items():
+        if name not in declared:
+            raise ConfigError(
+                f"ppo.rules: no installed package declares the rule {name!r}",
+                f"Known: {', '.join(sorted(declared)) or 'none'}. A package declares one under the"
+                f" entry-point group {GROUP!r}.",
+            )
+        try:
+            rule = declared[name].load()
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"ppo.rules: {name!r} cannot be imported: {error}") from None
+        rules[name] = (rule, weight)
+    return rules
+
+
+def _apply(name: str, rule: Rule, messages: list[dict[str, Any]], response: str) -> float:
+    try:
+        value = float(rule(messages, response))
+    except Exception as error:  # noqa: BLE001 - another person's code: anything may come out of it
+        raise StageError(
+            f"ppo: the rule {name!r} failed on the response {response[:80]!r}:"
+            f" {type(error).__name__}: {error}"
+        ) from None
+    if not math.isfinite(value):
+        raise StageError(f"ppo: the rule {name!r} gave {value} for {response[:80]!r}")
+    return value
+
+
+def normalisation(folder: Path) -> tuple[float, float]:
+    """(mean, std) that a reward model's folder states in reward.json; (0, 1) where it states none."""
+    path = folder / "reward.json"
+    if not path.exists():
+        return 0.0, 1.0
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return float(values["score_mean"]), float(values["score_std"])

@@ -1,0 +1,95 @@
+"""The score of a response is the weighted sum that the settings ask for, and nothing else."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint, EntryPoints
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from pipeline.errors import ConfigError, StageError
+from pipeline.settings.ppo import PpoSettings
+from stages import rewards
+from stages.rewards import RewardModel, Rewards, load_rules
+
+
+def count_words(messages: list[dict[str, Any]], response: str) -> float:
+    return len(response.split())
+
+
+def fails(messages: list[dict[str, Any]], response: str) -> float:
+    raise KeyError("no such thing")
+
+
+def not_a_number(messages: list[dict[str, Any]], response: str) -> float:
+    return float("nan")
+
+
+@pytest.fixture(autouse=True)
+def declared(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = EntryPoints(
+        EntryPoint(name, f"{__name__}:{name}", rewards.GROUP)
+        for name in ("count_words", "fails", "not_a_number", "missing")
+    )
+    monkeypatch.setattr(rewards, "entry_points", lambda group: points.select(group=group))
+    monkeypatch.setattr(rewards, "decode_response", lambda tokenizer, ids: "w " * len(ids))
+
+
+class Tokenizer:
+    pad_token_id = 0
+
+
+def scores(weights: dict[str, float], models: list[RewardModel] | None = None) -> Any:
+    sources = Rewards(models or [], load_rules(weights))
+    rows = [[3, 4, 5], [3, 6, 7, 8]]
+    responses = [[4, 5], [6, 7, 8]]
+    messages: list[list[dict[str, Any]]] = [[], []]
+    tokenizer: Any = Tokenizer()
+    return sources, sources.scores(
+        rows, messages, responses, tokenizer, torch.device("cpu"), PpoSettings()
+    )
+
+
+def test_a_rule_sees_the_text_and_is_named_by_its_entry_point() -> None:
+    sources, found = scores({"count_words": 0.5})
+    assert found["count_words"].tolist() == [2.0, 3.0]
+    assert sources.weights == {"count_words": 0.5}
+
+
+def test_a_reward_model_is_normalised_then_clipped() -> None:
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=11,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=1,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    with torch.no_grad():
+        raw = [model(torch.tensor([row])).logits.item() for row in ([3, 4, 5], [3, 6, 7, 8])]
+    plain = RewardModel("plain", 1.0, model, mean=0.1, std=0.5)
+    steep = RewardModel("steep", 2.0, model, mean=raw[0] - 1, std=1e-3)
+    sources, found = scores({}, [plain, steep])
+    assert found["plain"].tolist() == pytest.approx([(x - 0.1) / 0.5 for x in raw], abs=1e-5)
+    assert found["steep"].tolist()[0] == 5.0
+    assert sources.weights == {"plain": 1.0, "steep": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "text"),
+    [
+        ("unheard_of", ConfigError, "no installed package declares the rule 'unheard_of'"),
+        ("missing", ConfigError, "'missing' cannot be imported"),
+        ("fails", StageError, "the rule 'fails' failed on the response"),
+        ("not_a_number", StageError, "gave nan"),
+    ],
+)
+def test_a_rule_that_cannot_be_used_is_named(name: str, error: type, text: str) -> None:
+    with pytest.raises(error, match=text):
+        scores({name: 1.0})
