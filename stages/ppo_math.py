@@ -117,6 +117,24 @@ def policy_loss(
         return PolicyLoss(loss, is_clipped_BR.sum(), k3_BR.sum(), ratio_BR.max())
 
 
+def truncated_importance(
+    logprobs_BR: Tensor, engine_logprobs_BR: Tensor, valid_BR: Tensor, cap: float
+) -> Tensor:
+    """Weights min(pi_trainer / pi_engine, cap) of tokens that another engine sampled, `[B, R]`.
+
+    Truncated importance sampling of each token (Yao et al. 2025, "Your Efficient RL Framework
+    Secretly Brings You Off-Policy RL Training"): the loss of a token is multiplied by its weight,
+    so that the trainer's gradient is right although rounding and kernels made the engine sample
+    from a slightly other distribution; the cap bounds the variance. No gradient flows through it.
+
+    logprobs_BR: the trainer's, of the weights that sampled. engine_logprobs_BR: the engine's own.
+    0 where not valid.
+    """
+    log_ratio_BR = torch.where(valid_BR, logprobs_BR - engine_logprobs_BR, 0.0).detach()
+    weights_BR = log_ratio_BR.clamp(max=_MAX_LOG_RATIO).exp().clamp(max=cap)
+    return torch.where(valid_BR, weights_BR, 0.0)
+
+
 def value_loss(
     values_BR: Tensor,
     old_values_BR: Tensor,

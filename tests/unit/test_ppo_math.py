@@ -180,3 +180,34 @@ def test_explained_variance_is_1_for_perfect_values_and_0_for_a_constant() -> No
     assert ppo_math.explained_variance(returns, returns, VALID).item() == pytest.approx(1.0)
     constant = torch.full_like(returns, 3.0)
     assert ppo_math.explained_variance(constant, returns, VALID).item() == pytest.approx(0.0)
+
+
+def test_importance_weights_are_the_ratio_up_to_the_cap() -> None:
+    trainer = torch.tensor([[-1.0, -1.0, -3.0, -50.0], [-0.5, 9.0, 9.0, 9.0]])
+    engine = torch.tensor(
+        [[-1.0, -1.0 - math.log(1.5), -2.0, -90.0], [-0.5 - math.log(3), 0, 0, 0]]
+    )
+    valid = torch.tensor([[True] * 4, [True, False, False, False]])
+    weights = ppo_math.truncated_importance(trainer, engine, valid, cap=2.0)
+    # equal: 1; one and a half times as probable: 1.5; e times less: 1/e; far more: the cap; and
+    # three times as probable: the cap
+    expected = torch.tensor([[1.0, 1.5, 1 / math.e, 2.0], [2.0, 0.0, 0.0, 0.0]])
+    torch.testing.assert_close(weights, expected)
+
+
+def test_importance_weights_without_a_cap_undo_the_engines_distribution() -> None:
+    engine = torch.tensor([0.7, 0.2, 0.1]).log().unsqueeze(0)
+    trainer = torch.tensor([0.5, 0.3, 0.2]).log().unsqueeze(0)
+    valid = torch.ones(1, 3, dtype=torch.bool)
+    weights = ppo_math.truncated_importance(trainer, engine, valid, cap=10.0)
+    # sum over tokens of pi_engine * weight * f is the expectation of f under pi_trainer
+    torch.testing.assert_close(engine.exp() * weights, trainer.exp())
+
+
+def test_junk_where_not_valid_and_gradients_stay_out_of_the_importance_weights() -> None:
+    trainer = torch.tensor([[-1.0, math.nan, math.inf]], requires_grad=True)
+    engine = torch.tensor([[-1.0, 1.0, -math.inf]])
+    valid = torch.tensor([[True, False, False]])
+    weights = ppo_math.truncated_importance(trainer, engine, valid, cap=2.0)
+    assert weights.tolist() == [[1.0, 0.0, 0.0]]
+    assert not weights.requires_grad
