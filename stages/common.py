@@ -204,6 +204,14 @@ def pad_right(rows: Iterable[list[int]], fill: int, device: torch.device) -> Ten
     return torch.tensor(padded, dtype=torch.long, device=device)
 
 
+def pad_left(rows: Iterable[list[int]], fill: int, device: torch.device) -> Tensor:
+    """Rows of different length as one tensor `[B, T]`, filled on the left."""
+    rows = list(rows)
+    width = max(len(row) for row in rows)
+    padded = [[fill] * (width - len(row)) + row for row in rows]
+    return torch.tensor(padded, dtype=torch.long, device=device)
+
+
 def micro_batches(lengths: list[int], max_rows: int, max_tokens: int) -> list[list[int]]:
     """Positions grouped so that rows of similar length share a batch: little padding.
 

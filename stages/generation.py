@@ -1,29 +1,38 @@
 """Our decode loop: left-padded, finished rows dropped, random numbers fixed per row.
 
-Shapes: B rows, P prompt tokens, V vocabulary. Each row draws from its own counter-based stream, so
-what a row becomes does not depend on the rows that happen to share its batch.
+Shapes: B rows, C columns of the cache (prompt and response), H width, V vocabulary. Each row draws from
+its own counter-based stream, so what a row becomes does not depend on the rows that happen to share its
+batch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-# compacting the cache copies it: worth it once a quarter of the rows is done (measured 1.6-1.7x)
+from stages.common import micro_batches, pad_left
+from stages.kv_cache import holds_plain_states, join
+
+# a cache that is copied whole when a row leaves: worth it once a quarter of them is done
 _LIVE_FRACTION = 0.75
+# prompts read at once: short batches win on a CPU, wide ones on a GPU
+_PROMPT_TOKENS = {True: 512, False: 16384}
 
 
 @dataclass(frozen=True)
 class Generated:
     """tokens: the response, with the end token if it ended by itself. logprobs: one per token,
-    of the sampling distribution at the given temperature (before top-p)."""
+    of the sampling distribution at the given temperature (before top-p). values: one per token, the
+    value of the state before it; none without a value head."""
 
     tokens: list[int]
     logprobs: list[float]
     ended: bool
+    values: list[float] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -38,11 +47,13 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     rows_at_once: int = 128,
+    value_head: nn.Module | None = None,
 ) -> list[Generated]:
     """Sample one response for each prompt; results in the order of `prompts`.
 
     seeds: one per prompt; the same seed, prompt and weights give the same response.
-    temperature 0 takes the most probable token.
+    temperature 0 takes the most probable token. value_head: maps what the output head reads, `[B, H]`,
+    to values `[B]` or `[B, 1]`: a critic on the policy's own trunk then needs no forward of its own.
     """
     # equal lengths together: less padding
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
@@ -59,6 +70,7 @@ def generate(
             pad_id,
             temperature,
             top_p,
+            value_head,
         )
         for i, generated in zip(rows, batch, strict=True):
             results[i] = generated
@@ -82,60 +94,127 @@ def _decode(
     pad_id: int,
     temperature: float,
     top_p: float,
+    value_head: nn.Module | None,
 ) -> list[Generated]:
+    """One response to each prompt; prompts of similar length stand together."""
     device = model.device
-    width = max(len(prompt) for prompt in prompts)
-    ids_BT = torch.tensor(
-        [[pad_id] * (width - len(p)) + p for p in prompts], dtype=torch.long, device=device
-    )
-    # from lengths, not from ids != pad: a prompt may hold the pad token
-    mask_BT = torch.tensor(
-        [[0] * (width - len(p)) + [1] * len(p) for p in prompts], dtype=torch.long, device=device
-    )
-    position_B1 = mask_BT.sum(-1, keepdim=True)
-    # explicit positions: without them GPT-2 is wrong by nats under left padding (RoPE hides it)
-    positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
     uniforms_BN = uniforms_BN.to(device)
-    cache = DynamicCache(config=model.config)
+    steps = uniforms_BN.shape[1]
+    in_place = holds_plain_states(model.config)
+    logits_BV, values_B, cache = _read_prompts(model, prompts, pad_id, steps, in_place, value_head)
+    mask_BC, positions_BC = _padding(prompts, steps, device)
+    width = positions_BC.shape[1] - steps
+    is_padded = not bool(mask_BC.all())
     tokens: list[list[int]] = [[] for _ in prompts]
     logprobs: list[list[float]] = [[] for _ in prompts]
+    values: list[list[float]] = [[] for _ in prompts]
     live = list(range(len(prompts)))  # rows of the batch -> position in `prompts`
-    running = [True] * len(prompts)
-    for step in range(uniforms_BN.shape[1]):
-        output = model(
-            input_ids=ids_BT,
-            attention_mask=mask_BT,
-            position_ids=positions_BT,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        chosen_B, logprobs_B = _choose(
-            output.logits[:, -1], uniforms_BN[:, step], temperature, top_p
-        )
+    is_live = [True] * len(prompts)  # the same rows
+    for step in range(steps):
+        chosen_B, logprobs_B = _choose(logits_BV, uniforms_BN[:, step], temperature, top_p)
+        known_B = [] if values_B is None else values_B.tolist()
         for row, (token, logprob) in enumerate(
             zip(chosen_B.tolist(), logprobs_B.tolist(), strict=True)
         ):
-            if running[live[row]]:
+            if is_live[row]:
                 tokens[live[row]].append(token)
                 logprobs[live[row]].append(logprob)
-                running[live[row]] = token != eos_id
-        alive = [row for row in range(len(live)) if running[live[row]]]
-        if not alive:
+                values[live[row]] += known_B[row : row + 1]
+                is_live[row] = token != eos_id
+        left = sum(is_live)
+        if not left or step == steps - 1:
             break
-        ids_BT, positions_BT = chosen_B.unsqueeze(-1), position_B1
-        mask_BT = torch.cat([mask_BT, torch.ones_like(position_B1)], dim=-1)
-        position_B1 = position_B1 + 1
-        if len(alive) <= _LIVE_FRACTION * len(live):
-            keep = torch.tensor(alive, device=device)
-            cache.batch_select_indices(keep)
-            ids_BT, positions_BT, mask_BT = ids_BT[keep], positions_BT[keep], mask_BT[keep]
-            position_B1, uniforms_BN = position_B1[keep], uniforms_BN[keep]
-            live = [live[row] for row in alive]
+        if left < len(live) and (in_place or left <= _LIVE_FRACTION * len(live)):
+            keep = _closed_up(is_live)
+            keep_B = torch.tensor(keep, device=device)
+            cache.batch_select_indices(keep_B)
+            chosen_B, uniforms_BN = chosen_B[keep_B], uniforms_BN[keep_B]
+            mask_BC, positions_BC = mask_BC[keep_B], positions_BC[keep_B]
+            live, is_live = [live[row] for row in keep], [True] * left
+        at = width + step
+        logits_BV, values_B = _read(
+            model,
+            value_head,
+            input_ids=chosen_B.unsqueeze(-1),
+            # without padding a row sees everything
+            attention_mask=mask_BC[:, : at + 1] if is_padded else None,
+            position_ids=positions_BC[:, at : at + 1],
+            past_key_values=cache,
+        )
     return [
-        Generated(ids, values, bool(ids) and ids[-1] == eos_id)
-        for ids, values in zip(tokens, logprobs, strict=True)
+        Generated(ids, odds, ids[-1:] == [eos_id], known)
+        for ids, odds, known in zip(tokens, logprobs, values, strict=True)
     ]
+
+
+def _closed_up(is_live: list[bool]) -> list[int]:
+    """The live rows, the last ones in the places of the finished ones: few rows have to move."""
+    left = sum(is_live)
+    movers = (row for row in range(left, len(is_live)) if is_live[row])
+    return [row if is_live[row] else next(movers) for row in range(left)]
+
+
+def _padding(prompts: list[list[int]], steps: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of left-padded prompts and `steps` tokens behind them: 1 where there is a token, and the position
+    in its row, `[B, C]` each."""
+    # from lengths, not from ids != pad: a prompt may hold the pad token
+    lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    width = int(lengths_B.max())
+    # explicit positions: without them GPT-2 is wrong by nats under left padding (RoPE hides it)
+    positions_BC = torch.arange(width + steps, device=device) - (width - lengths_B).unsqueeze(-1)
+    return (positions_BC >= 0).long(), positions_BC.clamp(min=0)
+
+
+def _read_prompts(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    pad_id: int,
+    steps: int,
+    in_place: bool,
+    value_head: nn.Module | None,
+) -> tuple[Tensor, Tensor | None, DynamicCache]:
+    """Logits `[B, V]` and values `[B]` behind the prompts, and a cache with room for `steps` tokens."""
+    lengths = [len(prompt) for prompt in prompts]
+    # caches that cannot be joined are filled in one go, with all the padding
+    max_tokens = (
+        _PROMPT_TOKENS[model.device.type == "cpu"] if in_place else len(prompts) * max(lengths)
+    )
+    logits: list[Tensor] = []
+    values: list[Tensor] = []
+    caches: list[DynamicCache] = []
+    for part in micro_batches(lengths, len(prompts), max_tokens):
+        ids = [prompts[row] for row in part]
+        mask_BP, positions_BP = _padding(ids, 0, model.device)
+        caches.append(DynamicCache(config=model.config))
+        logits_BV, values_B = _read(
+            model,
+            value_head,
+            input_ids=pad_left(ids, pad_id, model.device),
+            attention_mask=mask_BP,
+            position_ids=positions_BP,
+            past_key_values=caches[-1],
+        )
+        logits.append(logits_BV)
+        values += [] if values_B is None else [values_B]
+    cache = join(caches, max(lengths) + steps) if in_place else caches[0]
+    return torch.cat(logits), torch.cat(values) if values else None, cache
+
+
+def _read(
+    model: PreTrainedModel, value_head: nn.Module | None, **inputs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Logits `[B, V]` of the next token, and the value `[B]` of the state before it."""
+    if value_head is None:
+        return model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1], None
+    states: list[Tensor] = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, args: states.append(args[0][:, -1])
+    )
+    try:
+        logits_BV = model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
+    finally:
+        hook.remove()
+    return logits_BV, value_head(states[0]).float().flatten()
 
 
 def _choose(
