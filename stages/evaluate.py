@@ -40,8 +40,11 @@ from stages.generation import generate
 from stages.judging import text_metrics, win_rate
 from stages.models import add_lora, load_causal_lm, load_tokenizer, merge_lora, new_reward_model
 from stages.prompts import PromptIds, encode_prompts, load_prompts, longest_prompt, of_split
-from stages.reward_training import encode_rankings, longest_row, measure, train_reward_model
+from stages.ranked_data import encode_rankings, encode_to_train_on, longest_row
+from stages.reward_measures import measure
+from stages.reward_training import train_reward_model
 from stages.rollout import make_sequences, over_responses, response_logprobs, score_all
+from stages.shared_prefix import decide_sharing
 
 
 class Answers(NamedTuple):
@@ -280,8 +283,8 @@ def _second_reward_model(
     torch.manual_seed(seed)
     model = new_reward_model(start_from, settings.reward.dropout)
     max_length = longest_row(settings.reward, model)
-    unseen, tally = encode_rankings(
-        [r for r in rankings if r.split == "heldout"], tokenizer, max_length
+    unseen, tally = encode_to_train_on(
+        [r for r in rankings if r.split == "heldout"], tokenizer, max_length, settings.reward
     )
     seen, _ = encode_rankings([r for r in rankings if r.split == "train"], tokenizer, max_length)
     if not unseen:
@@ -292,6 +295,8 @@ def _second_reward_model(
     out.say(f"judge: training a second reward model on {len(unseen)} held-out rankings")
     model = add_lora(model, settings.reward.lora, "reward").to(accelerator.device)
     pad_id, device = tokenizer.pad_token_id, accelerator.device
+    groups = [ranking.group for ranking in unseen + seen]
+    share_prefix = decide_sharing(settings.reward.share_prefix, model, groups, pad_id, out)
     train_reward_model(
         model,
         unseen,
@@ -301,6 +306,7 @@ def _second_reward_model(
         pad_id=pad_id,
         seed=seed,
         keep_checkpoints=1,
+        share_prefix=share_prefix,
         evaluate=lambda _: {},
     )
     model = merge_lora(model).eval()
@@ -314,7 +320,7 @@ def _second_reward_model(
         return score_all(model, rows, pad_id, device).tolist()
 
     # the first model's training rankings are new to this one
-    quality = measure(model, seen, pad_id, device, seed) if seen else {"accuracy": None}
+    quality = measure(model, seen, pad_id, seed, share_prefix) if seen else {"accuracy": None}
     return by_model, {"judge": "reward_model", "judge_accuracy": quality["accuracy"]}
 
 

@@ -10,23 +10,29 @@ standard deviation 1 on sft samples.
 
 Metrics (healthy range): heldout_accuracy with _low and _high (0.6 to 0.8: people agree with each other
 in about 0.73 of pairs; above 0.95 look for a leak), train_accuracy (far above held-out: over-fitted),
-kendall_tau (> 0.1), length_correlation (|r| < 0.5, else it likes length), score_mean, score_std, pairs.
+kendall_tau (> 0.1), length_correlation (|r| < 0.5, else it likes length), score_mean, score_std, heldout_pairs. With
+several heads: heldout_disagreement (0 to 0.5: standard deviation over the heads of the probability that the
+better one wins; below 0.01 the heads are one) and disagreement_error_correlation (above 0: where the
+heads are apart they are wrong more often; 0.1 to 0.3 is usual).
 """
 
 from __future__ import annotations
 
 import json
+from itertools import groupby
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from pipeline import worker
 from pipeline.errors import StageError
 from pipeline.job import Inputs, Metrics, Out
-from pipeline.records import Ranking, SampleGroup, read_jsonl
+from pipeline.records import Message, Ranking, SampleGroup, Tally, read_jsonl
 from pipeline.settings import Settings
-from stages.chat import encode_completion, encode_prompt
+from pipeline.settings.reward import RewardSettings
+from stages.adapters import save_reward_adapter
 from stages.common import num_parameters, seed_for, start
 from stages.models import (
     add_lora,
@@ -36,21 +42,23 @@ from stages.models import (
     new_reward_model,
     save_model,
 )
-from stages.reward_training import (
-    RankedRows,
+from stages.ranked_data import (
+    EncodedRanking,
+    encode_group,
     encode_rankings,
+    encode_to_train_on,
     longest_row,
-    measure,
-    train_reward_model,
 )
-from stages.rollout import score_all
-
-_NORMALISE_ON = 1024
+from stages.reward_heads import Heads, add_heads, mean_head, save_heads
+from stages.reward_measures import measure
+from stages.reward_training import train_reward_model
+from stages.shared_prefix import GroupScorer, PromptGroup, decide_sharing, score_groups
 
 
 def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     accelerator = start(settings, out)
     tokenizer = load_tokenizer(inputs["model"])
+    pad_id = tokenizer.pad_token_id
     assert inputs["rankings"].path is not None
     rankings = [
         Ranking.from_row(row) for row in read_jsonl(inputs["rankings"].path / "rankings.jsonl")
@@ -58,14 +66,15 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     seed = seed_for(settings.run.seed, "reward", out.round)
     torch.manual_seed(seed)
     model = new_reward_model(inputs["model"], settings.reward.dropout)
+    add_heads(model, settings.reward.heads, seed)
     max_length = longest_row(settings.reward, model)
-    train, heldout = _split(rankings, tokenizer, max_length, out)
+    train, heldout = _split(rankings, settings.reward, tokenizer, max_length, out)
     model = add_lora(model, settings.reward.lora, "reward").to(accelerator.device)
-    pad_id = tokenizer.pad_token_id
+    everything = [ranking.group for ranking in train + heldout]
+    share_prefix = decide_sharing(settings.reward.share_prefix, model, everything, pad_id, out)
 
-    def evaluate(model: nn.Module) -> Metrics:
-        found = measure(model, heldout, pad_id, accelerator.device, seed)
-        return {"heldout_accuracy": found["accuracy"]}
+    def quality(model: nn.Module, rankings: list[EncodedRanking]) -> Metrics:
+        return measure(model, rankings, pad_id, seed, share_prefix)
 
     model = train_reward_model(
         model,
@@ -76,20 +85,32 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
         pad_id=pad_id,
         seed=seed,
         keep_checkpoints=settings.launch.keep_checkpoints,
-        evaluate=evaluate,
+        share_prefix=share_prefix,
+        evaluate=lambda model: {"heldout_accuracy": quality(model, heldout)["accuracy"]},
     )
 
     model.eval()
-    rows = _rows_to_normalise_on(inputs, rankings, tokenizer, max_length)
-    scores = score_all(model, rows, pad_id, accelerator.device)
-    mean, std = float(scores.mean()), float(scores.std(unbiased=False))
+    scorer = GroupScorer(model, pad_id, share_prefix)
+    samples = _groups_to_normalise_on(
+        inputs, rankings, tokenizer, max_length, settings.reward.normalise_on
+    )
+    raw_NH = score_groups(scorer, samples)
+    raw_N = raw_NH.mean(1)
+    mean, std = float(raw_N.mean()), float(raw_N.std(unbiased=False))
     if not std > 0:
         raise StageError(
             "reward: the model gives every response the same score",
             "Look at reward.lr and the data.",
         )
-    quality = measure(model, heldout, pad_id, accelerator.device, seed)
-    train_accuracy = measure(model, train, pad_id, accelerator.device, seed)["accuracy"]
+    found = quality(model, heldout)
+    train_accuracy = quality(model, train)["accuracy"]
+    weight_HD, bias_H = mean_head(model)
+    if out.rank == 0:
+        if isinstance(model, PeftModel):
+            save_reward_adapter(model, out.artifact, inputs["model"].digest)
+        if settings.reward.heads > 1:
+            heads = Heads(weight_HD, bias_H, raw_NH.mean(0), torch.tensor(std))
+            save_heads(heads, out.artifact)
     model = merge_lora(model)
     if out.rank == 0:
         save_model(model, tokenizer, out.artifact)
@@ -97,48 +118,68 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
         (out.artifact / "reward.json").write_text(json.dumps(normalisation, sort_keys=True))
     out.contract.update(contract_of(tokenizer, model))
     out.contract.update(score_position="last token", score_mean=mean, score_std=std)
-    num_tokens = settings.reward.epochs * sum(len(row) for r in train for row in r.rows)
+    num_tokens = settings.reward.epochs * sum(scorer.cost(ranking.group) for ranking in train)
     out.cost["tokens"] += num_tokens
     out.cost["flops"] += 6.0 * num_tokens * num_parameters(model)
-    return {
-        "heldout_accuracy": quality["accuracy"],
-        "heldout_accuracy_low": quality["accuracy_low"],
-        "heldout_accuracy_high": quality["accuracy_high"],
+    metrics = {
+        "heldout_accuracy": found["accuracy"],
+        "heldout_accuracy_low": found["accuracy_low"],
+        "heldout_accuracy_high": found["accuracy_high"],
         "train_accuracy": train_accuracy,
-        "kendall_tau": quality["kendall_tau"],
-        "length_correlation": quality["length_correlation"],
-        "heldout_pairs": quality["pairs"],
-        "rankings_trained": len(train),
+        "kendall_tau": found["kendall_tau"],
+        "length_correlation": found["length_correlation"],
+        "heldout_pairs": found["pairs"],
+        "rankings_trained": sum(len(ranking.votes) for ranking in train),
         "score_mean": mean,
         "score_std": std,
     }
+    if settings.reward.heads > 1:
+        metrics["heldout_disagreement"] = found["disagreement"]
+        metrics["disagreement_error_correlation"] = found["disagreement_error_correlation"]
+    return metrics
 
 
 def _split(
-    rankings: list[Ranking], tokenizer: PreTrainedTokenizerBase, max_length: int, out: Out
-) -> tuple[list[RankedRows], list[RankedRows]]:
-    parts = []
-    for split in ("train", "heldout"):
-        own = [r for r in rankings if r.split == split]
-        encoded, tally = encode_rankings(own, tokenizer, max_length)
+    rankings: list[Ranking],
+    settings: RewardSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    out: Out,
+) -> tuple[list[EncodedRanking], list[EncodedRanking]]:
+    """What to train on and what to measure with."""
+    unknown = settings.annotator_weights.keys() - {r.annotator for r in rankings}
+    if unknown:
+        # not an error: in a later round they may have ranked
+        names = ", ".join(sorted(unknown))
+        out.say(f"reward.annotator_weights: no ranking is by {names}")
+
+    def checked(split: str, encoded: list[EncodedRanking], tally: Tally) -> list[EncodedRanking]:
         out.say(f"{split} rankings: {tally.summary()}")
         out.derived[f"{split}_rankings_dropped"] = dict(tally.reasons)
-        if not encoded:
+        if not any(len(set(vote.ranks)) > 1 for ranking in encoded for vote in ranking.votes):
             raise StageError(
                 f"reward: no {split} ranking can be used: {tally.summary()}",
                 "At least one prompt needs two responses that were not ranked equal.",
             )
-        parts.append(encoded)
-    return parts[0], parts[1]
+        return encoded
+
+    def of(split: str) -> list[Ranking]:
+        return [ranking for ranking in rankings if ranking.split == split]
+
+    train = encode_to_train_on(of("train"), tokenizer, max_length, settings)
+    heldout = encode_rankings(of("heldout"), tokenizer, max_length)
+    return checked("train", *train), checked("heldout", *heldout)
 
 
-def _rows_to_normalise_on(
+def _groups_to_normalise_on(
     inputs: Inputs,
     rankings: list[Ranking],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-) -> list[list[int]]:
-    """Prompt + response rows of sft samples or, where nothing was sampled, of the rankings."""
+    count: int,
+) -> list[PromptGroup]:
+    """Prompts with sft samples or, where nothing was sampled, with the responses of the rankings."""
+    pairs: list[tuple[list[Message], str]]
     if "samples" in inputs and inputs["samples"].path is not None:
         groups = [
             SampleGroup.from_row(row)
@@ -148,12 +189,14 @@ def _rows_to_normalise_on(
     else:
         pairs = [(list(r.messages), text) for r in rankings for text in r.responses]
     # evenly over the whole set, not its beginning
-    pairs = pairs[:: max(1, len(pairs) // _NORMALISE_ON)]
-    rows = (
-        encode_prompt(tokenizer, messages) + encode_completion(tokenizer, text, eos=True)
-        for messages, text in pairs
-    )
-    return [row for row in rows if len(row) <= max_length]
+    pairs = pairs[:: max(1, len(pairs) // count)]
+    found = []
+    for messages, own in groupby(pairs, key=lambda pair: pair[0]):
+        prompt, responses = encode_group(tokenizer, messages, [text for _, text in own])
+        fits = [ids for ids in responses if len(prompt) + len(ids) <= max_length]
+        if fits:
+            found.append(PromptGroup(prompt, fits))
+    return found
 
 
 if __name__ == "__main__":
