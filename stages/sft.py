@@ -14,25 +14,23 @@ lr, trained_tokens (of one pass over the examples), examples, heldout_examples, 
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from pipeline import worker
-from pipeline.errors import ConfigError, DataError, StageError, Stopped
+from pipeline.errors import ConfigError, DataError, StageError
 from pipeline.job import Inputs, Metrics, Out
 from pipeline.records import Message, Tally, canonical_json, content_id
 from pipeline.settings import Settings
 from stages.chat import TrainingRow, decode_response, encode_conversation, encode_prompt
 from stages.common import (
     epoch_order,
-    exact_div,
     own_share,
     pad_right,
     seed_for,
@@ -43,15 +41,13 @@ from stages.data import Conversation, is_heldout, read_demonstrations
 from stages.generation import generate
 from stages.models import (
     add_lora,
-    contract_of,
     load_causal_lm,
     load_tokenizer,
-    merge_lora,
     positions,
     repairs_of,
-    save_model,
 )
-from stages.sft_checkpoints import LineCallback, newest_whole
+from stages.trl_checkpoints import LineCallback, Schedule
+from stages.trl_runs import make_config, publish, quiet, train
 
 _HELDOUT_ROWS = 512
 _HELDOUT_ROWS_AT_ONCE = 16
@@ -82,12 +78,16 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
 
     steps, order = _order(settings, len(examples.train))
     out.derived.update(steps=steps, rows=len(examples.train), parameters=num_parameters)
+    own = settings.sft
     callback = LineCallback(
         out,
-        steps,
-        settings.sft.checkpoint_every_steps,
-        settings.sft.eval_every_steps,
-        settings.launch.keep_checkpoints,
+        Schedule(
+            steps,
+            own.checkpoint_every_steps,
+            own.eval_every_steps,
+            settings.launch.keep_checkpoints,
+        ),
+        _row_of,
         # the Trainer sets Accelerate up anew: its accelerator is the one that holds from here on
         lambda step: _evaluate(
             settings, trainer.model, examples, tokenizer, trainer.accelerator, step, out
@@ -97,21 +97,9 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
         settings, model, tokenizer, examples, steps, order, callback, out, accelerator
     )
     trained_tokens = check_trained_tokens(trainer, examples.train)
-    checkpoint = newest_whole(out)
-    done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    if checkpoint:
-        out.say(f"continuing from {checkpoint.name}")
-        out.resumed_from = done
-    out.rewind(done if checkpoint else None)
     out.say(f"{num_parameters:,} parameters, {steps} steps on {len(examples.train)} examples")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if callback.stopped:
-        raise Stopped(f"{out.step}: stopped by a signal; everything is saved")
-
-    merged = merge_lora(trainer.accelerator.unwrap_model(trainer.model))
-    if out.rank == 0:
-        save_model(merged, tokenizer, out.artifact)
-    out.contract.update(contract_of(tokenizer, merged))
+    train(trainer, callback, out)
+    publish(trainer, tokenizer, out)
     num_tokens = sum(len(examples.train[row].ids) for row in order)
     out.cost["tokens"] += num_tokens
     # frozen weights need no gradient of their own: 4 instead of 6 operations per weight and token
@@ -223,14 +211,19 @@ def _trainer(
     out: Out,
     accelerator: Accelerator,
 ) -> SFTTrainer:
-    own = settings.sft
-    parts = out.world_size * own.accumulation_steps
-    rows_per_rank = exact_div(own.minibatch_rows, parts, "sft.minibatch_rows")
-    out.derived["rows_per_rank"] = rows_per_rank
-    with warnings.catch_warnings():
-        # trl 1.16 turns on what transformers 5.23 calls by another name; this is how to turn it off
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*")
-        config = _config(settings, steps, rows_per_rank, out, accelerator)
+    config = make_config(
+        SFTConfig,
+        settings,
+        settings.sft,
+        out,
+        accelerator,
+        steps=steps,
+        rows=settings.sft.minibatch_rows,
+        rows_key="sft.minibatch_rows",
+        schedule="cosine",
+        train_sampling_strategy="sequential",
+        max_length=None,
+    )
     rows = Dataset.from_dict(
         {
             "input_ids": [row.ids for row in examples.train],
@@ -244,45 +237,17 @@ def _trainer(
         processing_class=tokenizer,
         callbacks=[callback],
     )
-    trainer.remove_callback(PrinterCallback)
-    if trainer.args.world_size != out.world_size:
-        raise StageError(
-            f"{out.step}: {out.world_size} processes were started, but the Trainer sees"
-            f" {trainer.args.world_size}"
-        )
+    quiet(trainer, out)
     return trainer
 
 
-def _config(
-    settings: Settings, steps: int, rows_per_rank: int, out: Out, accelerator: Accelerator
-) -> SFTConfig:
-    own = settings.sft
-    return SFTConfig(
-        output_dir=str(out.checkpoints),
-        max_steps=steps,
-        per_device_train_batch_size=rows_per_rank,
-        gradient_accumulation_steps=own.accumulation_steps,
-        train_sampling_strategy="sequential",
-        learning_rate=own.lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=round(steps * own.warmup_fraction),
-        weight_decay=own.weight_decay,
-        max_grad_norm=own.max_grad_norm,
-        max_length=None,
-        bf16=settings.model.precision == "bf16",
-        use_cpu=accelerator.device.type == "cpu",
-        gradient_checkpointing=False,
-        seed=seed_for(settings.run.seed, "sft") % 2**31,
-        # our callback says when; the Trainer's own rotation is off
-        save_strategy="no",
-        logging_steps=1,
-        # on, it would log a NaN loss as 0
-        logging_nan_inf_filter=False,
-        ddp_timeout=settings.launch.timeout_seconds,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=accelerator.device.type != "cpu",
-    )
+def _row_of(logs: Metrics) -> Metrics:
+    return {
+        "loss": logs["loss"],
+        "grad_norm": logs["grad_norm"],
+        "lr": logs["learning_rate"],
+        "token_accuracy": logs["mean_token_accuracy"],
+    }
 
 
 def _labels(row: TrainingRow) -> list[int]:

@@ -21,7 +21,7 @@ from stages import sft
 from stages import tokenizer as tokenizer_stage
 from stages.chat import encode_completion, encode_conversation
 from stages.models import load_causal_lm, load_tokenizer, new_causal_lm, save_model
-from stages.sft_checkpoints import COMMITTED, commit
+from stages.trl_checkpoints import COMMITTED, commit
 
 ROOT = Path(__file__).parents[2]
 ROWS = [

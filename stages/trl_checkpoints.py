@@ -2,7 +2,7 @@
 
 The Trainer writes a checkpoint's files in place, one after the other, and resumes from the newest
 folder whatever is in it: of 18 kills during a save 12 left one that could not be loaded, and a
-flipped bit goes unnoticed (research/reliability.md, section A). So a checkpoint counts only once
+flipped bit goes unnoticed. So a checkpoint counts only once
 `COMMITTED.json`, with the sha256 of every file, has been written behind them.
 """
 
@@ -12,8 +12,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import PartialState
@@ -78,10 +79,39 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
 
 
+class Extra(Protocol):
+    """State of a stage that travels in the Trainer's checkpoints."""
+
+    def write(self, folder: Path) -> None:
+        """Put files into a checkpoint (rank 0), before it counts."""
+
+    def read(self, folder: Path) -> None:
+        """Take the state from a whole checkpoint (every rank)."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When what happens, counted in rows of the log.
+
+    rows: of the whole run. steps_per_row: optimiser steps of one row (several passes over the same
+    rollouts are one row). unit: what a row is called. measure_start: evaluate before the first step.
+    """
+
+    rows: int
+    save_every: int
+    evaluate_every: int
+    keep: int
+    steps_per_row: int = 1
+    unit: str = "step"
+    measure_start: bool = False
+
+
 class LineCallback(TrainerCallback):  # type: ignore[misc]  # transformers does not type it
     """Our line inside the Trainer's loop: log, evaluate, save, stop.
 
-    evaluate: called with the step now and then and at the end; its numbers join the step's row.
+    row_of: makes a row of our log of the Trainer's.
+    evaluate: called with the row's number now and then and at the end; its numbers join the row.
+    extra: what a checkpoint holds besides the Trainer's own state.
     stopped: a signal came, everything is saved, and training ended before its last step.
     last: the newest row that was logged; evaluated: the newest numbers of `evaluate`.
     """
@@ -89,32 +119,41 @@ class LineCallback(TrainerCallback):  # type: ignore[misc]  # transformers does 
     def __init__(
         self,
         out: Out,
-        steps: int,
-        save_every: int,
-        evaluate_every: int,
-        keep: int,
+        schedule: Schedule,
+        row_of: Callable[[Metrics], Metrics],
         evaluate: Callable[[int], Metrics],
+        extra: Extra | None = None,
     ) -> None:
         self._out = out
-        self._steps = steps
-        self._save_every = save_every
-        self._evaluate_every = evaluate_every
-        self._keep = keep
+        self._schedule = schedule
+        self._row_of = row_of
         self._evaluate = evaluate
+        self._extra = extra
         self.stopped = False
         self.last: Metrics = {}
         self.evaluated: Metrics = {}
 
+    def read_extra(self, checkpoint: Path) -> None:
+        """Take back what `extra` had put into a checkpoint."""
+        if self._extra:
+            self._extra.read(checkpoint)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._schedule.measure_start and state.global_step == 0:
+            self._out.log(0, self._evaluate(0))
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        step = state.global_step
-        if step >= self._steps:
+        row, within = divmod(state.global_step, self._schedule.steps_per_row)
+        if within or row >= self._schedule.rows:
             return
         if _any_rank(worker.stop_requested(), args.device):
             self.stopped = True
             control.should_training_stop = True
-        control.should_save = self.stopped or step % self._save_every == 0
+        control.should_save = self.stopped or row % self._schedule.save_every == 0
 
     def on_log(
         self,
@@ -127,21 +166,16 @@ class LineCallback(TrainerCallback):  # type: ignore[misc]  # transformers does 
         # the Trainer also logs a summary at the end
         if not logs or "loss" not in logs:
             return
-        step = state.global_step
+        number = state.global_step // self._schedule.steps_per_row
         # before a checkpoint of this step is written
-        check_finite(step, "sft", loss=logs["loss"], grad_norm=logs["grad_norm"])
-        row: Metrics = {
-            "loss": logs["loss"],
-            "grad_norm": logs["grad_norm"],
-            "lr": logs["learning_rate"],
-            "token_accuracy": logs["mean_token_accuracy"],
-        }
-        if step % self._evaluate_every == 0 or step >= self._steps:
-            self.evaluated = self._evaluate(step)
+        check_finite(number, self._out.stage, loss=logs["loss"], grad_norm=logs["grad_norm"])
+        row = self._row_of(logs)
+        if number % self._schedule.evaluate_every == 0 or number >= self._schedule.rows:
+            self.evaluated = self._evaluate(number)
             row |= self.evaluated
         self.last = row
-        self._out.log(step, row)
-        self._out.progress(step, self._steps)
+        self._out.log(number, row)
+        self._out.progress(number, self._schedule.rows, self._schedule.unit)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -149,7 +183,10 @@ class LineCallback(TrainerCallback):  # type: ignore[misc]  # transformers does 
         # rank 0 is done before the others have written their generators
         PartialState().wait_for_everyone()
         if self._out.rank == 0:
-            commit(self._out.checkpoints / f"checkpoint-{state.global_step}", self._keep)
+            folder = self._out.checkpoints / f"checkpoint-{state.global_step}"
+            if self._extra:
+                self._extra.write(folder)
+            commit(folder, self._schedule.keep)
         PartialState().wait_for_everyone()
 
 
