@@ -28,8 +28,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="A line from raw text to an aligned policy: tokenizer, pretrain, sft, sample, rank, reward,"
-    " ppo, evaluate.\n\nStart with:  prefline run configs/demo.yaml",
+    " ppo (or dpo, grpo, rloo), evaluate.\n\nStart with:  prefline run configs/demo.yaml",
 )
+_POLICIES = ("ppo", "dpo", "grpo", "rloo")
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 Target = Annotated[
@@ -131,7 +132,9 @@ def _finish(path: Path, states: Sequence[object]) -> None:
 
 def _add_stage_command(stage: str, text: str) -> None:
     def command(target: Target, overrides: Overrides = None) -> None:
-        _run(target, overrides, only=stage)
+        # to ask for one way of making the policy is to choose it
+        chosen = [f"run.policy={stage}"] if stage in _POLICIES else []
+        _run(target, [*chosen, *(overrides or ())], only=stage)
 
     example = f"Example:  prefline {stage} runs/demo"
     command.__doc__ = f"{text}\n\nWhat it reads must be done already.\n\n{example}"
@@ -144,7 +147,10 @@ for _stage, _text in {
     "sft": "Fine-tune on demonstrations, and nothing else.",
     "sample": "Sample responses to be ranked, and nothing else.",
     "reward": "Train the reward model on the rankings, and nothing else.",
-    "ppo": "Optimise the policy with PPO, and nothing else.",
+    "ppo": "Optimise the policy with PPO (sets run.policy), and nothing else.",
+    "dpo": "Optimise the policy on the rankings themselves (sets run.policy), and nothing else.",
+    "grpo": "Optimise the policy with GRPO (sets run.policy), and nothing else.",
+    "rloo": "Optimise the policy with RLOO (sets run.policy), and nothing else.",
     "evaluate": "Compare the policy with sft and base, and nothing else.",
 }.items():
     _add_stage_command(_stage, _text)

@@ -33,6 +33,9 @@ STAGES: dict[str, Stage] = {
         Stage("rank", "labeling_ui.rank", 1, "rankings", ("rank",)),
         Stage("reward", "stages.reward", 2, "reward_model", ("model", "reward")),
         Stage("ppo", "stages.ppo", 3, "policy", ("model", "sample", "ppo")),
+        Stage("dpo", "stages.dpo", 1, "policy", ("model", "dpo")),
+        Stage("grpo", "stages.grpo", 1, "policy", ("model", "sample", "grpo")),
+        Stage("rloo", "stages.rloo", 1, "policy", ("model", "sample", "rloo")),
         Stage(
             "evaluate",
             "stages.evaluate",
@@ -122,9 +125,9 @@ def _model_steps(settings: Settings, steps: _Steps) -> tuple[str | None, str | N
 
 
 def _rounds(settings: Settings, steps: _Steps, before_sft: str | None, sft: str | None) -> None:
-    """sample, rank, reward, ppo, evaluate, as often as asked for."""
+    """sample, rank, reward, the policy, evaluate, as often as asked for."""
     add, base = steps.add, _base(settings)
-    samples = first_samples = rankings = None
+    samples = first_samples = rankings = reward = None
     policy = sft
     for round in range(1, settings.run.rounds + 1):
         if settings.sample.prompts:
@@ -141,33 +144,18 @@ def _rounds(settings: Settings, steps: _Steps, before_sft: str | None, sft: str 
             {"samples": samples, "rankings": rankings},
             {"data": settings.rank.data if round == 1 else None},
         )
-        reward = add(
-            "reward",
-            round,
-            # scores are normalised on sft samples in every round, so that kl_coef keeps its meaning
-            {"model": sft, "rankings": rankings, "samples": first_samples},
-            {"model": None if sft else base},
-        )
-        policy = add(
-            "ppo",
-            round,
-            {
-                "model": policy,
-                "reference": sft,
-                "reward_model": reward,
-                "prompts": None if settings.ppo.prompts else samples or rankings,
-            },
-            {
-                "model": None if policy else base,
-                "reference": None if sft else base,
-                "prompts": settings.ppo.prompts,
-                "reward_models": settings.ppo.reward_models,
-                "gold": settings.ppo.gold,
-                "ptx": (settings.ppo.ptx_data or settings.pretrain.data)
-                if settings.ppo.ptx_coef > 0
-                else None,
-            },
-        )
+        # dpo learns from the rankings themselves
+        if settings.run.policy != "dpo" or settings.evaluate.best_of:
+            reward = add(
+                "reward",
+                round,
+                # scores are normalised on sft samples in every round, so that kl_coef keeps its
+                # meaning
+                {"model": sft, "rankings": rankings, "samples": first_samples},
+                {"model": None if sft else base},
+            )
+        inputs, sources = _policy_reads(settings, policy, sft, reward, samples, rankings)
+        policy = add(settings.run.policy, round, inputs, sources)
         add(
             "evaluate",
             round,
@@ -176,6 +164,7 @@ def _rounds(settings: Settings, steps: _Steps, before_sft: str | None, sft: str 
                 "sft": sft,
                 "base": before_sft if before_sft != sft else None,
                 "rankings": rankings,
+                "reward_model": reward if settings.evaluate.best_of else None,
                 "prompts": None if settings.evaluate.prompts else samples or rankings,
             },
             {
@@ -185,3 +174,27 @@ def _rounds(settings: Settings, steps: _Steps, before_sft: str | None, sft: str 
                 "text": settings.evaluate.text or settings.pretrain.data or settings.sft.data,
             },
         )
+
+
+def _policy_reads(
+    settings: Settings,
+    policy: str | None,
+    sft: str | None,
+    reward: str | None,
+    samples: str | None,
+    rankings: str,
+) -> tuple[dict[str, str | None], dict[str, tuple[str, ...] | None]]:
+    """What the stage of run.policy reads: steps by role, and what the user gave by role."""
+    base = _base(settings)
+    inputs: dict[str, str | None] = {"model": policy, "reference": sft}
+    sources = {"model": None if policy else base, "reference": None if sft else base}
+    if settings.run.policy == "dpo":
+        return {**inputs, "rankings": rankings}, sources
+    own = getattr(settings, settings.run.policy)
+    inputs |= {"reward_model": reward, "prompts": None if own.prompts else samples or rankings}
+    sources["prompts"] = own.prompts
+    if settings.run.policy == "ppo":
+        sources["reward_models"], sources["gold"] = own.reward_models, own.gold
+        if own.ptx_coef > 0:
+            sources["ptx"] = own.ptx_data or settings.pretrain.data
+    return inputs, sources

@@ -34,6 +34,8 @@ KEYS = (
     "ppo.reward_models",
     "ppo.gold",
     "ppo.ptx_data",
+    "grpo.prompts",
+    "rloo.prompts",
     "evaluate.prompts",
     "evaluate.text",
 )

@@ -125,7 +125,10 @@ def train(trainer: Trainer, callback: LineCallback, out: Out, steps_per_row: int
         out.resumed_from = done
         callback.read_extra(checkpoint)
     out.rewind(done)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with warnings.catch_warnings():
+        # trl 1.16 asks transformers 5.23 under the old name, in every step
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*")
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if callback.stopped:
         raise Stopped(f"{out.step}: stopped by a signal; everything is saved")
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from pydantic import model_validator
 
 from pipeline.config import Strict
+from pipeline.settings.dpo import DpoSettings
 from pipeline.settings.evaluate import EvaluateSettings
+from pipeline.settings.grpo import GrpoSettings
 from pipeline.settings.launch import LaunchSettings
 from pipeline.settings.model import LoraSettings, ModelSettings
 from pipeline.settings.ppo import PpoSettings
 from pipeline.settings.pretrain import PretrainSettings
 from pipeline.settings.rank import RankSettings
 from pipeline.settings.reward import RewardSettings
+from pipeline.settings.rloo import RlooSettings
 from pipeline.settings.run import RunSettings
 from pipeline.settings.sample import SampleSettings
 from pipeline.settings.sft import SftSettings
@@ -41,6 +44,12 @@ class Settings(Strict):
     """The reward model."""
     ppo: PpoSettings = PpoSettings()
     """Policy optimisation."""
+    dpo: DpoSettings = DpoSettings()
+    """DPO instead of ppo (run.policy: dpo)."""
+    grpo: GrpoSettings = GrpoSettings()
+    """GRPO instead of ppo (run.policy: grpo)."""
+    rloo: RlooSettings = RlooSettings()
+    """RLOO instead of ppo (run.policy: rloo)."""
     evaluate: EvaluateSettings = EvaluateSettings()
     """Evaluation."""
     launch: LaunchSettings = LaunchSettings()
@@ -80,11 +89,26 @@ class Settings(Strict):
             raise ValueError(
                 "ppo.ptx_coef needs text: set ppo.ptx_data, for instance to a text file"
             )
-        rows = self.ppo.minibatch_rows or self.ppo.prompts_per_step
-        # ppo comes last: hours later would be too late to say so
-        if (self.sample.prompts or self.rank.data) and rows % self.launch.processes:
+        rows, parts, key = self._policy_rows()
+        # the policy comes last: hours later would be too late to say so
+        if (self.sample.prompts or self.rank.data) and rows % parts:
             raise ValueError(
                 f"launch.processes {self.launch.processes} does not divide the {rows} rows of a"
-                " minibatch of ppo (ppo.minibatch_rows, or else ppo.prompts_per_step)"
+                f" minibatch of {self.run.policy} ({key})"
             )
         return self
+
+    def _policy_rows(self) -> tuple[int, int, str]:
+        """Rows of one optimiser step of the policy's stage, into how many parts they are divided,
+        and the settings that say so."""
+        processes, name = self.launch.processes, self.run.policy
+        if name == "ppo":
+            rows = self.ppo.minibatch_rows or self.ppo.prompts_per_step
+            return rows, processes, "ppo.minibatch_rows, or else ppo.prompts_per_step"
+        if name == "dpo":
+            key = "dpo.minibatch_rows, with dpo.accumulation_steps"
+            return self.dpo.minibatch_rows, processes * self.dpo.accumulation_steps, key
+        own = self.grpo if name == "grpo" else self.rloo
+        key = f"{name}.prompts_per_step x {name}.responses_per_prompt"
+        rows = own.prompts_per_step * own.responses_per_prompt
+        return rows, processes * own.accumulation_steps, f"{key}, with {name}.accumulation_steps"

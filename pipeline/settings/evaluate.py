@@ -19,6 +19,9 @@ class EvaluateSettings(Strict):
     """Held-out prompts that are answered by each model."""
     judge: Literal["rubric", "reward_model"] = "reward_model"
     """rubric: the demo's hidden rubric. reward_model: a second one, trained on the held-out rankings."""
+    best_of: int = Field(0, ge=0)
+    """Also judge the best of this many sft responses by the reward model's score (arXiv 2009.01325):
+    the baseline that needs no training; 0 is off."""
     temperature: float = Field(1.0, gt=0, le=5)
     """Sampling temperature."""
     max_prompt_tokens: int = Field(256, ge=1)

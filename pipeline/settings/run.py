@@ -17,6 +17,6 @@ class RunSettings(Strict):
     seed: int = Field(0, ge=0, lt=2**31)
     """The one seed: every random number of every stage is derived from it."""
     rounds: int = unhashed(1, ge=1, le=100)
-    """Rounds of sample, rank, reward, ppo, evaluate; a round samples from the policy before it."""
-    policy: Literal["ppo"] = unhashed("ppo")
-    """How the policy is optimised against the rankings."""
+    """Rounds of sample, rank, reward, the policy and evaluate; a round samples from the policy before it."""
+    policy: Literal["ppo", "dpo", "grpo", "rloo"] = unhashed("ppo")
+    """How the policy is optimised: ppo, grpo and rloo against the reward model, dpo on the rankings."""

@@ -69,3 +69,37 @@ def test_labels_of_the_rounds_add_up():
     assert found["rank-2"].inputs == {"samples": "sample-2", "rankings": "rank"}
     assert found["sample-2"].inputs == {"model": "ppo"}
     assert found["ppo-2"].inputs["reference"] == "sft"
+
+
+@pytest.mark.parametrize("policy", ["grpo", "rloo"])
+def test_another_way_to_a_policy_reads_what_ppo_reads(policy):
+    tree = {"pretrain": PRETRAIN, "sft": SFT, "sample": SAMPLE}
+    ppo = steps(**tree)["ppo"]
+    found = steps(**tree, run={"policy": policy, "rounds": 2})
+    assert "ppo" not in found
+    assert found[policy].inputs == ppo.inputs
+    assert found[f"{policy}-2"].inputs["model"] == policy
+    assert found["evaluate"].inputs["policy"] == policy
+    assert found["sample-2"].inputs == {"model": policy}
+
+
+def test_dpo_needs_no_reward_model_unless_best_of_does():
+    tree = {"pretrain": PRETRAIN, "sft": SFT, "sample": SAMPLE, "run": {"policy": "dpo"}}
+    found = steps(**tree)
+    names = ["tokenizer", "pretrain", "sft", "sample", "rank", "dpo", "evaluate"]
+    assert list(found) == names
+    assert found["dpo"].inputs == {"model": "sft", "reference": "sft", "rankings": "rank"}
+    assert "reward_model" not in found["evaluate"].inputs
+    best_of = steps(**tree, evaluate={"best_of": 4})
+    assert list(best_of) == [*names[:5], "reward", *names[5:]]
+    assert best_of["evaluate"].inputs["reward_model"] == "reward"
+
+
+def test_the_way_to_a_policy_changes_no_other_step():
+    tree = {"pretrain": PRETRAIN, "sft": SFT, "sample": SAMPLE}
+    ppo = steps(**tree)
+    for policy in ("dpo", "grpo", "rloo"):
+        other = steps(**tree, run={"policy": policy})
+        shared = [name for name in other if name in ppo and name != "evaluate"]
+        assert len(shared) >= 5
+        assert [other[name] for name in shared] == [ppo[name] for name in shared]
