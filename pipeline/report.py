@@ -20,6 +20,7 @@ from markupsafe import Markup
 
 from pipeline import states, workspace
 from pipeline.files import write_atomic
+from pipeline.plan import STAGES
 from pipeline.report_charts import score_histograms, training_charts
 from pipeline.report_data import (
     StepView,
@@ -139,13 +140,13 @@ def _interval(metrics: Row) -> tuple[float, float | None, float | None]:
 
 
 def _learning(steps: list[StepView]) -> list[Row]:
-    """Plots in blocks: the short steps between two PPO runs share one, each PPO has its own."""
+    """Plots in blocks: the short steps between two policies share one, each policy has its own."""
     blocks: list[Row] = []
     for step in steps:
         charts = training_charts(step)
         if not charts:
             continue
-        if not blocks or "ppo" in (step.stage, blocks[-1]["last"].stage):
+        if not blocks or _makes_policy(step) or _makes_policy(blocks[-1]["last"]):
             blocks.append({"names": [], "charts": [], "written": []})
         blocks[-1]["last"] = step
         blocks[-1]["names"].append(step.name)
@@ -153,6 +154,10 @@ def _learning(steps: list[StepView]) -> list[Row]:
         if written := texts(step):
             blocks[-1]["written"].append((step.name, written))
     return blocks
+
+
+def _makes_policy(step: StepView) -> bool:
+    return STAGES[step.stage].kind == "policy"
 
 
 def verdict(evaluate: StepView | None, comparisons: list[Row], several: bool = False) -> Row:

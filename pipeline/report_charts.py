@@ -16,8 +16,10 @@ def training_charts(step: StepView) -> list[Markup]:
         plots = _language_model(step.name, step.rows)
     elif step.stage == "reward":
         plots = _reward(step.name, step.rows)
-    elif step.stage == "ppo":
-        plots = _ppo(step.rows, step.metrics)
+    elif step.stage in ("ppo", "grpo", "rloo"):
+        plots = _against_reward(step.rows, step.metrics)
+    elif step.stage == "dpo":
+        plots = _dpo(step.name, step.rows)
     else:
         plots = []
     return [plot for plot in plots if plot is not None]
@@ -66,7 +68,49 @@ def _reward(name: str, rows: Sequence[Row]) -> list[Markup | None]:
     ]
 
 
-def _ppo(rows: Sequence[Row], metrics: Row) -> list[Markup | None]:
+def _dpo(name: str, rows: Sequence[Row]) -> list[Markup | None]:
+    return [
+        chart(
+            f"{name}: loss",
+            "nats per pair; a coin has 0.69",
+            "step",
+            [
+                Series("training", smooth(points(rows, "loss")), "blue"),
+                Series("held-out", points(rows, "heldout_loss"), "orange", "dotted"),
+            ],
+        ),
+        chart(
+            f"{name}: accuracy",
+            "of pairs; a coin has 0.5",
+            "step",
+            [
+                Series("training", smooth(points(rows, "rewards/accuracies")), "blue"),
+                Series("held-out", points(rows, "heldout_accuracy"), "orange", "dotted"),
+            ],
+        ),
+        chart(
+            f"{name}: margin",
+            "implicit reward, chosen \u2212 rejected",
+            "step",
+            [
+                Series("training", smooth(points(rows, "rewards/margins")), "blue"),
+                Series("held-out", points(rows, "heldout_margin"), "orange", "dotted"),
+            ],
+        ),
+        chart(
+            f"{name}: implicit reward",
+            "beta x log ratio to the reference",
+            "step",
+            [
+                Series("chosen", smooth(points(rows, "rewards/chosen")), "blue"),
+                Series("rejected", smooth(points(rows, "rewards/rejected")), "orange", "thin"),
+            ],
+        ),
+        _one(rows, "entropy", f"{name}: entropy", "nats per token", "step"),
+    ]
+
+
+def _against_reward(rows: Sequence[Row], metrics: Row) -> list[Markup | None]:
     return [
         chart(
             "Reward",
@@ -83,6 +127,13 @@ def _ppo(rows: Sequence[Row], metrics: Row) -> list[Markup | None]:
         _one(rows, "entropy", "Entropy", "nats per token", "update"),
         _one(rows, "response_tokens", "Response length", "tokens, mean", "update"),
         _one(rows, "eos_rate", "Responses that end by themselves", "share", "update"),
+        _one(
+            rows,
+            "equal_groups",
+            "Prompts that teach nothing",
+            "share whose responses all score the same",
+            "update",
+        ),
         _one(rows, "explained_variance", "Explained variance", "values; 1 is perfect", "update"),
         _one(rows, "clip_fraction", "Clipped ratios", "share of tokens", "update"),
         _one(rows, "kl_coef", "KL coefficient", "per nat", "update")

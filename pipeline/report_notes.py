@@ -29,13 +29,15 @@ def careful_notes(
     last = {step.stage: step for step in steps if step.manifest}
     if "evaluate" in last:
         notes += _win_rate(last["evaluate"].metrics, comparisons)
+        notes += _best_of_n(last["evaluate"].metrics)
         notes += _behaviour(last["evaluate"].metrics)
     if "reward" in last:
         notes += _reward_model(last["reward"].metrics)
     if "rank" in last:
         notes += _rankings(last["rank"].metrics, settings)
-    if "ppo" in last:
-        notes += _ppo(last["ppo"])
+    notes += [
+        note for name in ("ppo", "grpo", "rloo") if name in last for note in _kept(last[name])
+    ]
     notes += [note for step in steps for note in (*_overfit(step), *_dropped(step))]
     if "evaluate" in last:
         notes.append(
@@ -76,6 +78,18 @@ def _win_rate(metrics: Row, comparisons: Sequence[Row]) -> Iterator[str]:
                 f"The listed comparisons give {percent(counted)}, the manifest says {percent(rate)}:"
                 " they do not belong together."
             )
+
+
+def _best_of_n(metrics: Row) -> Iterator[str]:
+    """A policy that does not beat its sampler's best of n was not worth its training."""
+    rate, low = (finite(metrics.get(f"best_of_n_win_rate_{key}")) for key in ("vs_sft", "low"))
+    own = finite(metrics.get("win_rate_vs_sft"))
+    n = number(metrics.get("best_of_n"))
+    if rate is not None and low is not None and own is not None and own < low:
+        yield (
+            f"The best of {n} sft responses, which needs no training, wins more often against sft"
+            f" ({percent(rate)}) than the policy ({percent(own)})."
+        )
 
 
 def _behaviour(metrics: Row) -> Iterator[str]:
@@ -133,16 +147,22 @@ def _rankings(metrics: Row, settings: Settings) -> Iterator[str]:
         yield "The annotators were simulated: this shows that the machinery works, not what people like."
 
 
-def _ppo(step: StepView) -> Iterator[str]:
+def _kept(step: StepView) -> Iterator[str]:
     best = finite(step.metrics.get("best_update"))
     curve = points(step.rows, "validation_reward")
     if best == 0:
-        yield "No PPO update beat the start on the validation prompts: the kept policy is its starting point."
+        yield (
+            f"No {step.stage.upper()} update beat the start on the validation prompts: the kept"
+            " policy is its starting point."
+        )
     elif curve and best == curve[-1][0]:
-        yield "The best policy was the last one that was checked: more updates (ppo.updates) might still help."
+        yield (
+            "The best policy was the last one that was checked: more updates"
+            f" ({step.stage}.updates) might still help."
+        )
     elif curve and best is not None:
         yield (
-            f"PPO was better at update {number(best)} than at its end"
+            f"{step.stage.upper()} was better at update {number(best)} than at its end"
             f" (validation reward {number(max(y for _, y in curve))} against {number(curve[-1][1])});"
             " the better one was kept."
         )

@@ -102,7 +102,24 @@ def _comparison(metrics: dict[str, Any]) -> list[str]:
             )
         )
     judge = metrics.get("judge")
-    return [*align(rows), *([f"judge: {judge}; ties count one half"] if judge else [])]
+    return [
+        *align(rows),
+        *_best_of_n(metrics),
+        *([f"judge: {judge}; ties count one half"] if judge else []),
+    ]
+
+
+def _best_of_n(metrics: dict[str, Any]) -> list[str]:
+    if "best_of_n_win_rate_vs_sft" not in metrics:
+        return []
+    rate, low, high = (
+        _cell(metrics, f"best_of_n_win_rate_{key}", 3) for key in ("vs_sft", "low", "high")
+    )
+    return [
+        f"best of {metrics.get('best_of_n')} sft responses by the reward model: wins against sft {rate}"
+        f" ({low} to {high}), at most {_cell(metrics, 'best_of_n_kl_nats', 2)} nats,"
+        f" {_cell(metrics, 'best_of_n_mean_tokens', 1)} tokens"
+    ]
 
 
 def _cell(metrics: dict[str, Any], name: str, digits: int) -> str:

@@ -1,6 +1,7 @@
 """evaluate: policy against sft (and base) on prompts that no stage was trained on.
 
-Reads: `policy`, `sft`, `base` where there is one, `rankings`, `prompts`, `text`.
+Reads: `policy`, `sft`, `base` where there is one, `rankings`, `prompts`, `text`, and `reward_model`
+where evaluate.best_of asks for the best of n sft responses as a baseline.
 Writes an `evaluation`: `evaluation.json` and `comparisons.jsonl` (the answers side by side).
 
     prefline evaluate RUN evaluate.max_prompts=500
@@ -12,17 +13,18 @@ Metrics (healthy range): win_rate_vs_sft with win_rate_low and win_rate_high (95
 above 0.5 with its whole interval: the feedback worked), judge, judge_accuracy (a reward-model judge on
 rankings it was not trained on), kl_nats a response from sft (< 10), perplexity on held-out text (near
 sft's), mean_tokens (near sft's: else length was learned), distinct_1, distinct_2, duplicate_rate and
-degenerate_rate (near sft's, near 0).
+degenerate_rate (near sft's, near 0). Of the best of n: best_of_n (the n), best_of_n_win_rate_vs_sft
+with _low and _high, best_of_n_kl_nats (at most), best_of_n_mean_tokens and the like; what it took is
+best_of_n_seconds of the step's cost.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -33,12 +35,19 @@ from pipeline.errors import StageError
 from pipeline.job import Input, Inputs, Metrics, Out
 from pipeline.records import Prompt, Ranking, read_jsonl, write_jsonl
 from pipeline.settings import Settings
-from stages.chat import decode_response, encode_completion, encode_prompt
-from stages.common import gather_list, num_parameters, own_share, seed_for, start, stop_if_asked
+from stages.answering import Answers, answer, best_of_n, best_of_n_kl
+from stages.chat import encode_completion, encode_prompt
+from stages.common import seed_for, start, stop_if_asked
 from stages.data import is_heldout, read_demonstrations, read_texts
-from stages.generation import generate
 from stages.judging import text_metrics, win_rate
-from stages.models import add_lora, load_causal_lm, load_tokenizer, merge_lora, new_reward_model
+from stages.models import (
+    add_lora,
+    load_causal_lm,
+    load_reward_model,
+    load_tokenizer,
+    merge_lora,
+    new_reward_model,
+)
 from stages.prompts import PromptIds, encode_prompts, load_prompts, longest_prompt, of_split
 from stages.ranked_data import encode_rankings, encode_to_train_on, longest_row
 from stages.reward_measures import measure
@@ -46,14 +55,7 @@ from stages.reward_training import train_reward_model
 from stages.rollout import make_sequences, over_responses, response_logprobs, score_all
 from stages.shared_prefix import decide_sharing
 
-
-class Answers(NamedTuple):
-    """What one model said to every prompt. logprobs: one list a response, one number a token."""
-
-    texts: list[str]
-    tokens: list[list[int]]
-    logprobs: list[list[float]]
-    ended: list[bool]
+BEST_OF_N = "best_of_n"
 
 
 def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
@@ -80,23 +82,36 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
         stop_if_asked(accelerator, out, lambda: None)
         model = load_causal_lm(inputs[role]).to(accelerator.device).eval()
         own_tokenizer = load_tokenizer(inputs[role])
-        answers[role] = _answer(settings, role, model, own_tokenizer, prompts, accelerator, out)
+        answers[role] = answer(settings, role, model, own_tokenizer, prompts, accelerator, out)
         if role == "sft":
             metrics["kl_nats"] = _kl(
                 settings, answers["policy"], model, prompts, tokenizer, accelerator
             )
+            if settings.evaluate.best_of:
+                stop_if_asked(accelerator, out, lambda: None)
+                answers[BEST_OF_N] = best_of_n(
+                    settings,
+                    BEST_OF_N,
+                    model,
+                    load_reward_model(inputs["reward_model"]).to(accelerator.device),
+                    tokenizer,
+                    prompts,
+                    accelerator,
+                    out,
+                )
         prefix = "" if role == "policy" else f"{role}_"
         metrics[f"{prefix}perplexity"] = _perplexity(
             model, own_tokenizer, heldout_text, accelerator
         )
-        said = answers[role]
+        out.progress(len(answers), 4 + bool(settings.evaluate.best_of), "model")
+        del model
+    for role, said in answers.items():
+        prefix = "" if role == "policy" else f"{role}_"
         lengths = [len(row) for row in said.tokens]
         metrics |= {
             prefix + name: value
             for name, value in text_metrics(said.texts, lengths, said.ended).items()
         }
-        out.progress(len(answers), 4, "model")
-        del model
 
     score, judged = _judge(settings, inputs, accelerator, out)
     metrics |= judged
@@ -110,6 +125,15 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
         "win_rate_high": against_sft.high,
         "ties": against_sft.ties,
     }
+    if BEST_OF_N in scores:
+        best = win_rate(scores[BEST_OF_N], scores["sft"], seed)
+        metrics |= {
+            BEST_OF_N: settings.evaluate.best_of,
+            f"{BEST_OF_N}_win_rate_vs_sft": best.rate,
+            f"{BEST_OF_N}_win_rate_low": best.low,
+            f"{BEST_OF_N}_win_rate_high": best.high,
+            f"{BEST_OF_N}_kl_nats": best_of_n_kl(settings.evaluate.best_of),
+        }
     if "base" in scores:
         metrics["win_rate_vs_base"] = win_rate(scores["policy"], scores["base"], seed).rate
     if settings.evaluate.judge == "rubric":
@@ -120,57 +144,6 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
         text = json.dumps(metrics, indent=1, sort_keys=True)
         (out.artifact / "evaluation.json").write_text(text + "\n")
     return metrics
-
-
-def _answer(
-    settings: Settings,
-    role: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[PromptIds],
-    accelerator: Accelerator,
-    out: Out,
-) -> Answers:
-    """One response to each prompt; kept on disk, so that a killed run does not ask again."""
-    kept = out.checkpoints / f"{role}.jsonl"
-    if kept.exists():
-        out.say(f"continuing: the answers of {role} are already there")
-        rows = read_jsonl(kept)
-    else:
-        share = own_share(len(prompts), accelerator)
-        # the tokenizer of a base model that the user gave may differ from the policy's
-        ids = [encode_prompt(tokenizer, list(prompts[i].prompt.messages)) for i in share]
-        generated = generate(
-            model,
-            ids,
-            [seed_for(settings.run.seed, "evaluate", prompts[i].prompt.id) for i in share],
-            eos_id=tokenizer.eos_token_id,
-            pad_id=tokenizer.pad_token_id,
-            max_response_tokens=settings.evaluate.max_response_tokens,
-            temperature=settings.evaluate.temperature,
-            rows_at_once=settings.evaluate.rows_per_rank,
-        )
-        own = [
-            {
-                "text": decode_response(tokenizer, g.tokens),
-                "tokens": g.tokens,
-                "logprobs": g.logprobs,
-                "ended": g.ended,
-            }
-            for g in generated
-        ]
-        rows = gather_list(own, accelerator)
-        if out.rank == 0:
-            out.checkpoints.mkdir(parents=True, exist_ok=True)
-            temporary = kept.with_suffix(".tmp")
-            write_jsonl(temporary, rows)
-            os.replace(temporary, kept)
-        accelerator.wait_for_everyone()
-    written = sum(len(row["tokens"]) for row in rows)
-    read = sum(len(prompt.ids) for prompt in prompts)
-    out.cost["tokens"] += written
-    out.cost["flops"] += 2.0 * num_parameters(model) * (read + written)
-    return Answers(*([row[key] for row in rows] for key in ("text", "tokens", "logprobs", "ended")))
 
 
 def _kl(

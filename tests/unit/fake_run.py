@@ -195,7 +195,8 @@ def make_run(
                 break
             seconds = SECONDS[stage]
             made = {
-                "stage": stage, "stage_version": 1, "kind": step.stage.kind, "step": step.name, "round": step.round,
+                "stage": stage, "stage_version": step.stage.version,
+                "kind": step.stage.kind, "step": step.name, "round": step.round,
                 "fingerprint": state.fingerprint, "digest": "",
                 "inputs": {
                     role: {"digest": i.digest, "step": i.step, "sources": i.sources} for role, i in state.inputs.items()

@@ -168,3 +168,49 @@ def test_a_foreign_package_with_our_name_is_refused(tmp_path):
     )
     assert done.returncode == 1
     assert f"the name 'stages' belongs to another package (in {tmp_path})" in done.stderr
+
+
+def started(run):
+    rows = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return [row["step"] for row in rows if row["event"] == "started"]
+
+
+def test_another_policy_from_the_same_labels_runs_nothing_else_again(config, prefline):
+    run = config.parent / "run"
+    prefline("run", config)
+    before = started(run)
+    code, _, err = prefline("run", run, "run.policy=grpo")
+    assert code == 0
+    assert "changed: run.policy" in err
+    assert started(run)[len(before) :] == ["grpo", "evaluate"]
+    assert prefline("lineage", run)[1].startswith("grpo  ")
+    # dpo reads no reward model; and back again nothing is missing
+    prefline("run", run, "run.policy=dpo")
+    assert started(run)[len(before) + 2 :] == ["dpo", "evaluate"]
+    assert "reward" not in prefline("status", run)[1]
+    prefline("run", run, "run.policy=ppo")
+    assert len(started(run)) == len(before) + 4
+    assert prefline("lineage", run)[1].startswith("ppo  ")
+
+
+def test_the_command_of_a_policy_chooses_it(config, prefline):
+    run = config.parent / "run"
+    prefline("run", config)
+    before = started(run)
+    code, _, err = prefline("rloo", run, "rloo.lr=1e-4")
+    assert code == 0
+    assert "changed: run.policy" in err
+    assert started(run)[len(before) :] == ["rloo"]
+    assert [row for row in prefline("status", run)[1].splitlines() if row.startswith("rloo")]
+    assert prefline("dpo", run, "run.policy=ppo")[0] == 2
+
+
+def test_the_commands_of_the_policies_are_those_of_the_setting():
+    from typing import get_args
+
+    from pipeline.plan import STAGES
+    from pipeline.settings.run import RunSettings
+
+    known = get_args(RunSettings.model_fields["policy"].annotation)
+    assert known == cli._POLICIES
+    assert set(known) == {name for name, stage in STAGES.items() if stage.kind == "policy"}

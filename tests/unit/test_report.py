@@ -9,7 +9,8 @@ import pytest
 
 from pipeline.errors import ConfigError
 from pipeline.report import big, duration, visible, write_report
-from pipeline.report_data import chosen_samples
+from pipeline.report_charts import training_charts
+from pipeline.report_data import StepView, chosen_samples
 from pipeline.report_plots import number, percent, ticks
 from tests.unit.fake_run import CONFIG, HOSTILE, comparisons, make_run
 
@@ -188,3 +189,26 @@ def test_numbers_read_well():
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="not a run directory"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stage", "row", "captions"),
+    [
+        (
+            "dpo",
+            {"loss": 0.6, "rewards/accuracies": 0.7, "rewards/margins": 0.2, "rewards/chosen": 0.1},
+            ["dpo: loss", "dpo: accuracy", "dpo: margin", "dpo: implicit reward"],
+        ),
+        (
+            "grpo",
+            {"score": 0.1, "kl": 0.3, "reward": 0.0, "equal_groups": 0.2, "entropy": 1.0},
+            ["Reward", "KL from the reference", "Prompts that teach nothing", "Entropy"],
+        ),
+    ],
+)
+def test_every_way_to_a_policy_has_its_curves(stage, row, captions):
+    rows = [{"step": n, **{key: value + n / 10 for key, value in row.items()}} for n in range(1, 9)]
+    view = StepView(stage, stage, 1, "done", "done", None, {}, rows)
+    drawn = "".join(map(str, training_charts(view)))
+    for caption in captions:
+        assert caption in drawn
