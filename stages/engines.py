@@ -13,6 +13,7 @@ import math
 import shutil
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -22,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput
@@ -56,9 +57,9 @@ class Sampling:
 class Engine(Protocol):
     """Samples responses from the policy as it was at the last `update`.
 
-    same_logprobs: True where `Generated.logprobs` are those that the trainer's own forward would
-    give, up to rounding (measured: 1e-6). Where False, the trainer recomputes them, and weighs its
-    loss by `ppo_math.truncated_importance` of the two.
+    same_logprobs: True where `Generated.logprobs` may stand for those of the trainer's own forward
+    (measured in fp32: 1e-6). Where False, the trainer recomputes them, and weighs its loss by
+    `ppo_math.truncated_importance` of the two. `Generated.values` is empty where an engine has none.
     """
 
     same_logprobs: bool
@@ -82,10 +83,12 @@ def make_engine(
     sampling: Sampling,
     accelerator: Accelerator,
     folder: Path,
+    value_head: nn.Module | None = None,
 ) -> Engine:
     """The engine that the settings ask for. Call its `update(policy)` before the first `generate`.
 
     policy: not wrapped for several processes. folder: for weights on their way to a server.
+    value_head: see `stages.generation.generate`; only hf reads it.
 
     Raises:
         StageError: the vLLM server cannot be reached, or was started otherwise than we need.
@@ -94,31 +97,43 @@ def make_engine(
         return ContinuousEngine(policy, sampling, accelerator)
     if settings.engine == "vllm":
         return VllmEngine(settings, policy, sampling, accelerator, folder)
-    return HfEngine(policy, sampling, accelerator)
+    return HfEngine(policy, sampling, accelerator, value_head)
+
+
+def _in_full(accelerator: Accelerator) -> bool:
+    """Whether to decode in fp32: bf16 makes no CPU decode faster, and its rounding depends on the
+    shape of the batch, so that its logprobs are not those of a whole forward."""
+    return accelerator.mixed_precision == "no" or accelerator.device.type == "cpu"
 
 
 class HfEngine:
-    """Our decode loop on the policy itself, under the caller's autocast."""
+    """Our decode loop on the policy itself, with the trainer's autocast on a GPU."""
 
     def __init__(
-        self, policy: PreTrainedModel | PeftModel, sampling: Sampling, accelerator: Accelerator
+        self,
+        policy: PreTrainedModel | PeftModel,
+        sampling: Sampling,
+        accelerator: Accelerator,
+        value_head: nn.Module | None = None,
     ) -> None:
-        # decoding in bf16 rounds otherwise than a whole forward, and the ratio must start at 1
-        self.same_logprobs = accelerator.mixed_precision == "no"
-        self._policy, self._sampling = policy, sampling
+        self.same_logprobs = _in_full(accelerator)
+        self._policy, self._sampling, self._value_head = policy, sampling, value_head
+        self._accelerator = accelerator
 
     def generate(self, prompts: list[list[int]], seeds: list[int]) -> list[Generated]:
         s = self._sampling
-        return generate(
-            self._policy,
-            prompts,
-            seeds,
-            eos_id=s.eos_id,
-            pad_id=s.pad_id,
-            max_response_tokens=s.max_response_tokens,
-            temperature=s.temperature,
-            rows_at_once=s.rows_at_once,
-        )
+        with nullcontext() if self.same_logprobs else self._accelerator.autocast():
+            return generate(
+                self._policy,
+                prompts,
+                seeds,
+                eos_id=s.eos_id,
+                pad_id=s.pad_id,
+                max_response_tokens=s.max_response_tokens,
+                temperature=s.temperature,
+                rows_at_once=s.rows_at_once,
+                value_head=self._value_head,
+            )
 
     def update(self, policy: PreTrainedModel | PeftModel) -> None:
         self._policy = policy
@@ -130,8 +145,8 @@ class HfEngine:
 class ContinuousEngine:
     """Continuous batching of transformers (`generate_batch` and what stands behind it).
 
-    In fp32 it runs the policy itself. Under bf16 autocast it runs a bf16 copy: its worker thread
-    does not see the caller's autocast, and casting the policy would train bf16 weights for good.
+    It runs the policy itself, but where training is in bf16 on a GPU a bf16 copy: its worker thread
+    does not see the trainer's autocast, and casting the policy would train bf16 weights for good.
     The random numbers belong to a call, not to a row: the same prompts and seeds in the same order
     give the same responses.
     """
@@ -139,7 +154,7 @@ class ContinuousEngine:
     def __init__(
         self, policy: PreTrainedModel | PeftModel, sampling: Sampling, accelerator: Accelerator
     ) -> None:
-        self.same_logprobs = accelerator.mixed_precision == "no"
+        self.same_logprobs = _in_full(accelerator)
         self._sampling = sampling
         self._model = _plain(policy)
         if not self.same_logprobs:
@@ -288,7 +303,8 @@ class VllmEngine:
         s, device = self._sampling, self._policy.device
         batch = make_sequences(prompts, [g.tokens for g in generated], s.pad_id, device)
         # temperature 0 takes the best token, and reports it at temperature 1
-        logprobs_BR, _ = response_logprobs(self._policy, batch, s.temperature or 1.0)
+        with self._accelerator.autocast():
+            logprobs_BR, _ = response_logprobs(self._policy, batch, s.temperature or 1.0)
         theirs = torch.tensor([x for g in generated for x in g.logprobs], device=device)
         gap = (logprobs_BR[batch.valid_BR] - theirs).abs().mean().item()
         if not gap <= self._max_gap:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 from collections.abc import Iterator
@@ -39,8 +40,12 @@ EOS, PAD, V = 2, 0, 13
 # one holds the end token, one the pad token
 PROMPTS = [[5, 6, 7], [8] * 10, [9, EOS, 10], [PAD, 11, 12, 3]] * 2
 SEEDS = list(range(len(PROMPTS)))
+# what the engines ask of an Accelerator; the second one as on a GPU
 FP32, BF16 = (
-    SimpleNamespace(mixed_precision=kind, is_main_process=True) for kind in ("no", "bf16")
+    SimpleNamespace(
+        mixed_precision=kind, device=SimpleNamespace(type=device), autocast=contextlib.nullcontext
+    )
+    for kind, device in (("no", "cpu"), ("bf16", "cuda"))
 )
 
 both = pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -263,6 +268,16 @@ def test_under_bf16_autocast_a_copy_decodes_that_follows_the_policy(kind: str) -
     got = made.generate(PROMPTS, SEEDS)
     gap = furthest([g.logprobs for g in got], by_hand(policy, got, 1.0))
     assert 0 < gap < 1.0
+
+
+def test_values_come_with_our_decode_and_with_no_other() -> None:
+    policy = tiny("llama")
+    head = torch.nn.Linear(16, 1)
+    for name, known in (("hf", True), ("continuous", False)):
+        settings = RolloutSettings(engine=name)  # type: ignore[arg-type]
+        made = make_engine(settings, policy, sampling(), FP32, Path("unused"), head)  # type: ignore[arg-type]
+        got = made.generate(PROMPTS, SEEDS)
+        assert [len(g.values) for g in got] == [len(g.tokens) * known for g in got]
 
 
 @both

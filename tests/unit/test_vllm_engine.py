@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -50,6 +51,7 @@ class Rank:
     def __init__(self, rank: int = 0) -> None:
         self.is_main_process = rank == 0
         self.mixed_precision = "no"
+        self.autocast = contextlib.nullcontext
         self.waits = 0
 
     def wait_for_everyone(self) -> None:
