@@ -21,7 +21,8 @@ from pipeline.settings.ppo import PpoSettings
 from stages import ppo_math
 from stages.common import gather_list, own_share
 from stages.critics import Agent, active
-from stages.generation import Generated, generate
+from stages.engines import Engine
+from stages.generation import Generated
 from stages.prompts import PromptIds
 from stages.rewards import RewardModel, Rewards
 from stages.rollout import Sequences, make_sequences, over_responses, response_logprobs
@@ -32,6 +33,7 @@ class Models:
     """All that a rollout needs. reference None: the policy with its adapters off."""
 
     agent: Agent
+    engine: Engine
     reference: PreTrainedModel | None
     rewards: Rewards
     gold: RewardModel | None
@@ -53,6 +55,7 @@ class Rollout(NamedTuple):
     scores_B: Tensor
     parts_B: dict[str, Tensor]
     ended_B: Tensor
+    weights_BR: Tensor | None = None
 
 
 class Experience(NamedTuple):
@@ -83,26 +86,16 @@ def roll_out(
     with_gold: bool = False,
 ) -> Rollout:
     """One response to each prompt; the same seed, prompt and policy give the same response."""
-    agent, device = models.agent, accelerator.device
+    device = accelerator.device
     share = own_share(len(prompts), accelerator)
     own_prompts = [prompts[i] for i in share]
-    # bf16 does not make a CPU decode faster; a GPU's training forward rounds otherwise than its decode
-    decode_in_full = accelerator.mixed_precision == "no" or device.type == "cpu"
-    with torch.no_grad(), nullcontext() if decode_in_full else accelerator.autocast():
-        generated = generate(
-            agent.policy,
-            [prompt.ids for prompt in own_prompts],
-            [seeds[i] for i in share],
-            eos_id=models.tokenizer.eos_token_id,
-            pad_id=models.tokenizer.pad_token_id,
-            max_response_tokens=ppo.max_response_tokens,
-            temperature=ppo.temperature,
-            rows_at_once=ppo.rows_per_rank,
-        )
+    generated = models.engine.generate(
+        [prompt.ids for prompt in own_prompts], [seeds[i] for i in share]
+    )
     own: list[_Row] = []
     if own_prompts:
         with torch.no_grad(), accelerator.autocast():
-            own = _score(models, own_prompts, generated, ppo, device, decode_in_full, with_gold)
+            own = _score(models, own_prompts, generated, ppo, device, with_gold)
     rows = gather_list(own, accelerator)
     batch = make_sequences(
         [row.prompt for row in rows],
@@ -115,9 +108,15 @@ def roll_out(
         values = [value for row in rows for value in row.tokens[name]]
         return batch.spread(torch.tensor(values, device=device))
 
+    logprobs_BR = padded("logprobs")
+    weights_BR = None
+    if not models.engine.same_logprobs:
+        weights_BR = ppo_math.truncated_importance(
+            logprobs_BR, padded("engine_logprobs"), batch.valid_BR, ppo.rollout.importance_cap
+        )
     return Rollout(
         batch,
-        padded("logprobs"),
+        logprobs_BR,
         padded("ref_logprobs"),
         padded("values"),
         torch.tensor([row.score for row in rows], device=device),
@@ -126,6 +125,7 @@ def roll_out(
             for name in rows[0].parts
         },
         torch.tensor([row.ended for row in rows], device=device),
+        weights_BR,
     )
 
 
@@ -135,7 +135,6 @@ def _score(
     generated: list[Generated],
     ppo: PpoSettings,
     device: torch.device,
-    decoded_in_full: bool,
     with_gold: bool,
 ) -> list[_Row]:
     """What reference, critic and reward sources say of this rank's responses."""
@@ -144,12 +143,20 @@ def _score(
     ids = [prompt.ids for prompt in prompts]
     batch = make_sequences(ids, responses, tokenizer.pad_token_id, device)
     tokens = {
-        "logprobs": [g.logprobs for g in generated]
-        if decoded_in_full
-        else _rows_of(agent.logprobs(batch, ppo.rows_per_rank), batch),
+        "engine_logprobs": [g.logprobs for g in generated],
         "ref_logprobs": _rows_of(_ref_logprobs(models, batch, ppo), batch),
-        "values": _rows_of(agent.values(batch, ppo.rows_per_rank), batch),
     }
+    tokens["logprobs"] = (
+        tokens["engine_logprobs"]
+        if models.engine.same_logprobs
+        else _rows_of(agent.logprobs(batch, ppo.rows_per_rank), batch)
+    )
+    # a critic on the policy's trunk has spoken while the response was decoded
+    tokens["values"] = (
+        [g.values for g in generated]
+        if all(g.values for g in generated)
+        else _rows_of(agent.values(batch, ppo.rows_per_rank), batch)
+    )
     # the reward model was trained on responses that all have an end token; that a response was cut is
     # the penalty's business
     end = [tokenizer.eos_token_id]

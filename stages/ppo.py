@@ -82,7 +82,7 @@ from stages.rollout import Sequences, in_micro_batches
 
 def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     accelerator = start(settings, out)
-    models = load_models(settings, inputs, accelerator)
+    models = load_models(settings, inputs, accelerator, out)
     agent = models.agent
     prompts = load_prompts(inputs["prompts"], settings, out)
     max_tokens = longest_prompt(
@@ -102,7 +102,10 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
             inputs["ptx"], settings.ppo, settings.run.seed, models.tokenizer, accelerator, out
         )
     loop = _Loop(settings, models, (train, validation), ptx, accelerator, out)
-    loop.run()
+    try:
+        loop.run()
+    finally:
+        models.engine.close()
 
     load_trainable(agent.policy_parameters(), loop.best)
     policy = merge_lora(agent.policy)
@@ -173,7 +176,9 @@ class _Loop:
         )
 
     def run(self) -> None:
-        if not self._resume():
+        begun = self._resume()
+        self.models.engine.update(self.agent.policy)
+        if not begun:
             # the start is a candidate too: a policy that PPO only harms is not published
             self.out.log(0, self._validate(0))
         while self.update < self.ppo.updates:
@@ -190,6 +195,7 @@ class _Loop:
             ).item()
             # 4 optimise
             row |= self._optimise(experience)
+            self.models.engine.update(self.agent.policy)
             check_finite(self.update + 1, "ppo", **row)
             self.update += 1
             if self.ppo.kl_control == "adaptive":
@@ -360,6 +366,7 @@ class _Loop:
                 ppo.clip_low,
                 ppo.clip_high,
                 num_valid,
+                None if rollout.weights_BR is None else own(rollout.weights_BR),
             )
             entropy = torch.where(valid_BR, outputs.entropy_BR, 0.0).sum()
             policy_loss = policy.loss - ppo.entropy_coef * entropy / num_valid

@@ -9,11 +9,12 @@ import torch
 from accelerate import Accelerator
 
 from pipeline.errors import ArtifactError
-from pipeline.job import Input, Inputs
+from pipeline.job import Input, Inputs, Out
 from pipeline.settings import Settings
 from pipeline.settings.ppo import PpoSettings
 from stages.common import seed_for
 from stages.critics import Agent, ValuePass, lora, separate, shared, zero_head
+from stages.engines import Sampling, make_engine
 from stages.experience import Models
 from stages.models import (
     add_adapter,
@@ -26,7 +27,7 @@ from stages.models import (
 from stages.rewards import RewardModel, Rewards, load_rules, normalisation
 
 
-def load_models(settings: Settings, inputs: Inputs, accelerator: Accelerator) -> Models:
+def load_models(settings: Settings, inputs: Inputs, accelerator: Accelerator, out: Out) -> Models:
     ppo, device = settings.ppo, accelerator.device
     tokenizer = load_tokenizer(inputs["model"])
     torch.manual_seed(seed_for(settings.run.seed, "ppo", "adapters"))
@@ -47,7 +48,16 @@ def load_models(settings: Settings, inputs: Inputs, accelerator: Accelerator) ->
         gold = _user_reward_model("gold", inputs["gold"].sources[0], 0.0, device)
     for source in [*rewards.models, *([gold] if gold else [])]:
         _check_vocabulary(source, tokenizer)
-    return Models(agent, reference, rewards, gold, tokenizer)
+    sampling = Sampling(
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+        max_response_tokens=ppo.max_response_tokens,
+        temperature=ppo.temperature,
+        rows_at_once=ppo.rows_per_rank,
+    )
+    folder = out.checkpoints / "weights"
+    engine = make_engine(ppo.rollout, policy, sampling, accelerator, folder, agent.value_head)
+    return Models(agent, engine, reference, rewards, gold, tokenizer)
 
 
 def _make_agent(ppo: PpoSettings, policy: Any, reward_model: Input, device: torch.device) -> Agent:

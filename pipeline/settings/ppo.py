@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config import Strict, unhashed
 from pipeline.settings.model import DataSources, LoraSettings
+from pipeline.settings.rollout import RolloutSettings
 
 
 class PpoSettings(Strict):
@@ -22,6 +23,8 @@ class PpoSettings(Strict):
     """Rollouts of one update, over all ranks; one response for each prompt."""
     minibatch_rows: int | None = Field(None, ge=1)
     """Rollouts of one optimiser step, over all ranks; null is prompts_per_step."""
+    rollout: RolloutSettings = RolloutSettings()
+    """What samples the responses."""
     rows_per_rank: int = unhashed(64, ge=1)
     """Rollouts that one process decodes or trains on at once (memory, not result)."""
     epochs: int = Field(4, ge=1)

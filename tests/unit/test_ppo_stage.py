@@ -35,6 +35,8 @@ def loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     found.value_parameters = dict(nn.Linear(2, 1).named_parameters())
     found.policy_optimizer = adamw(found.policy_parameters.values(), 1e-3, 0.0)
     found.value_optimizer = adamw(found.value_parameters.values(), 1e-3, 0.0)
+    found.models = SimpleNamespace(engine=SimpleNamespace(update=lambda policy: None))
+    found.agent = SimpleNamespace(policy=None)
     found.accelerator = SimpleNamespace(device="cpu")
     found.ppo = SimpleNamespace(updates=0)
     found.alarms = Alarms(PpoSettings())

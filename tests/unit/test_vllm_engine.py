@@ -52,6 +52,7 @@ class Rank:
         self.is_main_process = rank == 0
         self.mixed_precision = "no"
         self.autocast = contextlib.nullcontext
+        self.device = torch.device("cpu")
         self.waits = 0
 
     def wait_for_everyone(self) -> None:
