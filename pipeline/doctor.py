@@ -12,6 +12,8 @@ import sys
 
 import pipeline
 from pipeline import launch
+from pipeline.errors import ConfigError
+from pipeline.settings.launch import LaunchSettings
 
 _PACKAGES = (
     "torch",
@@ -31,6 +33,7 @@ _PACKAGES = (
     "scipy",
     "matplotlib",
 )
+_WIDTH = 256
 # text for a child: this package imports no torch
 _PROBE = """
 import json, torch, torch.distributed as dist
@@ -68,10 +71,11 @@ def examine() -> tuple[list[str], bool]:
         lines.append(f"GPUs: {', '.join(map(str, devices))}; bf16 {_yes(found['bf16'])}")
         lines.append(f"  nccl {_yes(found['nccl'])}")
     else:
-        lines.append("GPUs: none that torch can use; training runs on the CPU in fp32")
+        lines.append("GPUs: none that torch can use; training runs on the CPU")
         if launch.gpus():
             lines.append("  nvidia-smi sees a GPU, torch does not: install a CUDA build of torch")
             healthy = False
+    lines.append(_arithmetic())
     free = shutil.disk_usage(os.getcwd()).free
     lines.append(f"disk: {free / 1e9:.1f} GB free here")
     profiles = sorted(path.stem for path in (launch.configs() / "accelerate").glob("*.yaml"))
@@ -93,6 +97,14 @@ def _ask_torch() -> tuple[dict[str, object] | None, str]:
         return None, last[0]
     found: dict[str, object] = json.loads(done.stdout.strip().splitlines()[-1])
     return found, ""
+
+
+def _arithmetic() -> str:
+    try:
+        speedup = launch.bf16_speedup(_WIDTH, LaunchSettings())
+    except ConfigError as error:
+        return f"bf16: {error}"
+    return f"bf16 trains a model of width {_WIDTH} {speedup:.1f} times as fast as fp32 here"
 
 
 def _yes(value: object) -> str:

@@ -39,6 +39,8 @@ PROGRESS_FILE = "rank-progress.json"
 REPORT_FILE = "report.html"
 _HASHES_FILE = "hashes.json"
 _JOBS_FOLDER = ".jobs"
+# a gain below this is not worth the coarser arithmetic, and may be noise of the probe
+_WORTH_BF16 = 1.2
 # what a creation that was killed may leave behind
 _CREATION = {LOCK_FILE, OWNER_FILE, CONFIG_FILE, f"{CONFIG_FILE}.tmp", EVENTS_FILE}
 _CREATION |= {f"{RUN_FILE}.tmp", f"{OWNER_FILE}.tmp"}
@@ -188,10 +190,15 @@ def _decided(settings: Settings, before: Settings | None) -> Settings:
     """Settings with absolute paths, and with everything decided that is decided once per run."""
     settings = sources.resolve_all(settings)
     precision = settings.model.precision
-    if precision == "auto" and before is not None:
+    if precision in (None, "auto") and before is not None:
         precision = before.model.precision
-    if precision == "auto":
+    if precision is None:
         precision = "bf16" if any(able >= 8.0 for _, able in launch.gpus()) else "fp32"
+    elif precision == "auto":
+        # the shape of a model that is not ours is not known here; wider ones gain at least as much
+        width = settings.model.hidden_size if settings.model.base is None else 1024
+        faster = launch.bf16_speedup(width, settings.launch) >= _WORTH_BF16
+        precision = "bf16" if faster else "fp32"
     model = settings.model.model_copy(update={"precision": precision})
     # the directory may be moved; its own name is not part of its settings
     place = settings.run.model_copy(update={"dir": None})

@@ -86,7 +86,7 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     model = model.to(accelerator.device)
     _check_length(model, own)
     train, heldout = _packed(own, inputs, tokenizer, accelerator, out)
-    loop = _Loop(settings, model, tokenizer, (train, heldout), accelerator, out)
+    loop = Loop(settings, model, tokenizer, (train, heldout), accelerator, out)
 
     size = num_parameters(model)
     step_tokens = own.minibatch_rows * own.sequence_length
@@ -162,7 +162,7 @@ def _packed(
     return parts
 
 
-class _Loop:
+class Loop:
     """The training loop and what it carries from step to step."""
 
     def __init__(
@@ -188,36 +188,44 @@ class _Loop:
         self.wrapped = accelerator.prepare_model(model)
         self.step = 0
         self.evaluated: Metrics = {}
+        self.clock = 0.0
 
     def run(self) -> Metrics:
         """Train to the end; the metrics of the last evaluation."""
-        own = self.own
         self._resume()
-        self.model.train()
-        clock = time.perf_counter()
-        while self.step < own.steps:
+        self.start()
+        while self.step < self.own.steps:
             stop_if_asked(self.accelerator, self.out, self._save)
-            lr = own.lr * warmup_cosine(self.step, own.steps, own.warmup_fraction, own.min_lr_ratio)
-            set_lr(self.optimizer, lr)
-            row = self._step()
-            check_finite(self.step + 1, "pretrain", **row)
-            self.step += 1
-            row["lr"] = lr
-            now = time.perf_counter()
-            row["tokens_per_second"] = own.minibatch_rows * own.sequence_length / (now - clock)
-            clock = now
-            last = self.step == own.steps
-            if self.step % own.eval_every_steps == 0 or last:
-                self.evaluated = self._evaluate()
-                row |= self.evaluated
-                if self.out.rank == 0 and own.objective == "causal":
-                    self._show()
-                clock = time.perf_counter()
-            self.out.log(self.step, row)
-            self.out.progress(self.step, own.steps)
-            if self.step % own.checkpoint_every_steps == 0 and not last:
-                self._save()
+            self.advance()
         return self.evaluated
+
+    def start(self) -> None:
+        self.model.train()
+        self.clock = time.perf_counter()
+
+    def advance(self) -> None:
+        """One optimiser step and what is due after it: evaluation, log, checkpoint."""
+        own = self.own
+        lr = own.lr * warmup_cosine(self.step, own.steps, own.warmup_fraction, own.min_lr_ratio)
+        set_lr(self.optimizer, lr)
+        row = self._step()
+        check_finite(self.step + 1, "pretrain", **row)
+        self.step += 1
+        row["lr"] = lr
+        now = time.perf_counter()
+        row["tokens_per_second"] = own.minibatch_rows * own.sequence_length / (now - self.clock)
+        self.clock = now
+        last = self.step == own.steps
+        if self.step % own.eval_every_steps == 0 or last:
+            self.evaluated = self._evaluate()
+            row |= self.evaluated
+            if self.out.rank == 0 and own.objective == "causal":
+                self._show()
+            self.clock = time.perf_counter()
+        self.out.log(self.step, row)
+        self.out.progress(self.step, own.steps)
+        if self.step % own.checkpoint_every_steps == 0 and not last:
+            self._save()
 
     def _step(self) -> Metrics:
         """One optimiser step over the rows of all ranks; every token weighs the same."""

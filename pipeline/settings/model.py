@@ -50,9 +50,9 @@ class ModelSettings(Strict):
     learn to copy from their context several times sooner than the usual 0.02 (measured on the demo)."""
     extra: dict[str, Any] = Field(default_factory=dict)
     """Further keys of the architecture's transformers configuration."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of training: fp32, or bf16 autocast over fp32 weights. `auto` is decided once, when
-    the run is created: bf16 on a GPU that has it, else fp32."""
+    precision: Literal["auto", "fp32", "bf16"] | None = None
+    """Arithmetic of training: fp32, or bf16 autocast over fp32 weights; `auto` probes once, when the run is
+    created, which trains faster on this machine; null is bf16 on a GPU that has it, else fp32."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> ModelSettings:

@@ -73,3 +73,16 @@ def test_only_the_end_of_a_long_log_is_shown(tmp_path):
     log.write_text("".join(f"line {i}\n" for i in range(9999)))
     assert launch.last_lines(log, 2) == ["line 9997", "line 9998"]
     assert launch.last_lines(tmp_path / "none.log") == []
+
+
+@pytest.mark.slow
+def test_the_probe_of_bf16_answers_with_a_ratio_of_times():
+    launch.bf16_speedup.cache_clear()
+    assert 0.01 < launch.bf16_speedup(32, LaunchSettings(threads=1)) < 100
+
+
+def test_a_probe_that_fails_says_what_to_set(monkeypatch):
+    launch.bf16_speedup.cache_clear()
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(ConfigError, match=r"model.precision: auto could not be decided"):
+        launch.bf16_speedup(32, LaunchSettings())

@@ -67,6 +67,28 @@ def test_an_old_gpu_gets_full_precision(config, monkeypatch):
     assert create(config)[0].settings.model.precision == "fp32"
 
 
+@pytest.mark.parametrize(("speedup", "precision"), [(1.9, "bf16"), (1.05, "fp32"), (0.7, "fp32")])
+def test_auto_precision_is_what_a_probe_of_the_machine_finds_faster(
+    config, monkeypatch, speedup, precision
+):
+    asked = []
+    monkeypatch.setattr(launch, "gpus", lambda: (("H100", 9.0),))
+    monkeypatch.setattr(launch, "bf16_speedup", lambda width, _: asked.append(width) or speedup)
+    run, _ = create(config, "model.precision=auto", "model.hidden_size=96")
+    assert run.settings.model.precision == precision
+    assert asked == [96]
+    # what was decided stays, whatever the machine is like later
+    monkeypatch.setattr(launch, "bf16_speedup", lambda *_: pytest.fail("probed a second time"))
+    assert create(config, "model.precision=auto")[0].settings.model.precision == precision
+    assert create(config)[0].settings.model.precision == precision
+
+
+def test_the_machine_is_not_probed_unless_asked_to(config, monkeypatch):
+    monkeypatch.setattr(launch, "gpus", lambda: ())
+    monkeypatch.setattr(launch, "bf16_speedup", lambda *_: pytest.fail("probed"))
+    assert create(config)[0].settings.model.precision == "fp32"
+
+
 def test_changed_settings_are_named_and_stored(config):
     run, _ = create(config)
     _, changes = create(run.path, "pretrain.lr=2e-4", "run.seed=5")
