@@ -118,6 +118,15 @@ def centering_penalty(scores_K: Tensor) -> Tensor:
     return (scores_K[i_Q] + scores_K[j_Q]).square().mean(0)
 
 
+def off_prompt_loss(scores_K: Tensor, borrowed: Tensor) -> Tensor:
+    """Mean of -log sigmoid(s_i - borrowed): each response against one to another prompt.
+
+    Rankings compare responses to the same prompt, which are mostly alike in how they fit it, so a
+    small model can learn to score without reading the prompt. It cannot tell these apart without.
+    """
+    return -logsigmoid(scores_K - borrowed).mean(0)
+
+
 def correct_pairs(scores_K: Tensor, ranks_K: Tensor) -> Tensor:
     """(pairs in the right order, strict pairs); equal scores count half. Scores without heads."""
     difference_KK = scores_K.unsqueeze(1) - scores_K.unsqueeze(0)

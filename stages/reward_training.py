@@ -33,11 +33,12 @@ from stages.common import (
     warmup_cosine,
 )
 from stages.models import backbone_and_head
-from stages.ranked_data import EncodedRanking
+from stages.ranked_data import EncodedRanking, longest_row
 from stages.reward_heads import bootstrap_weights
 from stages.reward_losses import (
     centering_penalty,
     correct_pairs,
+    off_prompt_loss,
     pairwise_loss,
     plackett_luce_loss,
 )
@@ -70,6 +71,7 @@ def train_reward_model(
         load_optimizer(optimizer, found.tensors["optimizer"])
         begin = found.step
     scorer = accelerator.prepare_model(GroupScorer(model, pad_id, share_prefix))
+    longest = longest_row(settings, backbone_and_head(model)[0])
     weights_NH = ranking_weights(rankings, backbone_and_head(model)[1].out_features, seed)
 
     def save(step: int) -> None:
@@ -90,7 +92,7 @@ def train_reward_model(
         set_lr(optimizer, lr)
         torch.manual_seed(seed + step * 1009 + out.rank)  # dropout
         row = _gradients(
-            scorer, [rankings[i] for i in order], weights_NH[order], settings, accelerator
+            scorer, [rankings[i] for i in order], weights_NH[order], settings, accelerator, longest
         )
         row["grad_norm"] = clip_gradients(model, settings.max_grad_norm)
         optimizer.step()
@@ -137,16 +139,23 @@ def _gradients(
     weights_BH: Tensor,
     settings: RewardSettings,
     accelerator: Accelerator,
+    longest: int,
 ) -> Metrics:
     """Gradients of one optimiser step over the rankings of all ranks, and their metrics.
 
-    batch: the rankings of all ranks; weights_BH: what each counts for each head.
+    batch: the rankings of all ranks; weights_BH: what each counts for each head. longest: tokens
+    that the model can read.
     """
     world, rank = accelerator.num_processes, accelerator.process_index
     own = list(range(rank, len(batch), world))
     plain: GroupScorer = accelerator.unwrap_model(scorer)
     most = -(-len(own) // settings.accumulation_steps)
-    costs = [plain.cost(batch[i].group) for i in own]
+    borrowed = borrow(batch, longest) if settings.off_prompt else [[] for _ in batch]
+    groups_B = [
+        PromptGroup(ranking.group.prompt, ranking.group.responses + other)
+        for ranking, other in zip(batch, borrowed, strict=True)
+    ]
+    costs = [plain.cost(groups_B[i]) for i in own]
     parts = [[own[i] for i in index] for index in in_micro_batches(costs, most, accelerator.device)]
     # a rank without rankings still takes part in the gradient's all-reduce
     parts = parts or [[]]
@@ -155,13 +164,18 @@ def _gradients(
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
         with accelerator.autocast(), _sync(scorer, accelerator, last):
-            groups = [batch[i].group for i in part] or [nothing]
+            groups = [groups_B[i] for i in part] or [nothing]
             scores_NH = scorer(groups)
             sizes = [len(group.responses) for group in groups]
             loss = scores_NH.sum() * 0.0
             # zip is short for a rank without rankings
             for i, scores_KH in zip(part, scores_NH.split(sizes), strict=False):
+                scores_KH, off_JH = scores_KH.split(
+                    [len(scores_KH) - len(borrowed[i]), len(borrowed[i])]
+                )
                 losses_H = ranking_loss(scores_KH, batch[i], settings)
+                for off_H in off_JH:
+                    losses_H = losses_H + settings.off_prompt * off_prompt_loss(scores_KH, off_H)
                 loss = loss + (losses_H * weights_BH[i].to(losses_H)).mean() / len(batch)
                 for ranks, _ in batch[i].votes:
                     ranks_K = torch.tensor(ranks, device=scores_KH.device)
@@ -171,6 +185,26 @@ def _gradients(
         total[0] += loss.detach()
     loss, correct, pairs = sum_over_ranks(accelerator)(total).tolist()
     return {"loss": loss, "accuracy": correct / max(1.0, pairs)}
+
+
+def borrow(batch: list[EncodedRanking], longest: int) -> list[list[list[int]]]:
+    """For each ranking a response of the next one with another prompt; none where none fits.
+
+    Neighbours change with every pass, because the order of the rankings does.
+    """
+    found: list[list[list[int]]] = []
+    for i, ranking in enumerate(batch):
+        room = longest - len(ranking.group.prompt)
+        others = (batch[(i + step) % len(batch)] for step in range(1, len(batch)))
+        fitting = (
+            [response]
+            for other in others
+            if other.group.prompt != ranking.group.prompt
+            for response in other.group.responses
+            if len(response) <= room
+        )
+        found.append(next(fitting, []))
+    return found
 
 
 def _sync(

@@ -244,6 +244,7 @@ def test_several_heads_are_published_beside_their_mean(tmp_path: Path, base: Pat
     [
         {"loss": "plackett_luce", "centering": 0.01},
         {"soft_labels": True, "label_smoothing": 0.05, "margin": 0.1},
+        {"off_prompt": 0.5},
     ],
 )
 def test_other_losses_learn_the_order_too(

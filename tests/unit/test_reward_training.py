@@ -27,7 +27,7 @@ from stages.reward_heads import (
 )
 from stages.reward_losses import pairwise_loss
 from stages.reward_measures import bootstrap_ratio, measure, pair_disagreement
-from stages.reward_training import ranking_loss, ranking_weights
+from stages.reward_training import borrow, ranking_loss, ranking_weights
 from stages.rollout import last_token_scores, score_all
 from stages.shared_prefix import GroupScorer, PromptGroup, score_groups
 
@@ -259,3 +259,18 @@ def test_micro_batches_cover_every_row_once_and_respect_both_limits() -> None:
         assert len(batch) <= 3
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 128
     assert micro_batches([500], max_rows=4, max_tokens=100) == [[0]]
+
+
+def test_a_response_is_borrowed_from_the_next_other_prompt_that_fits() -> None:
+    def of(prompt: list[int], *responses: list[int]) -> EncodedRanking:
+        return EncodedRanking(PromptGroup(prompt, list(responses)), [Vote([1, 2])], str(prompt))
+
+    batch = [
+        of([1], [10, 2], [11, 2]),
+        of([1], [12, 2], [13, 2]),
+        of([3, 3, 3], [14, 15, 16, 2], [17, 2]),
+    ]
+    # its own prompt's are passed over, and so is what would not fit behind the prompt
+    assert borrow(batch, longest=8) == [[[14, 15, 16, 2]], [[14, 15, 16, 2]], [[10, 2]]]
+    assert borrow(batch, longest=4) == [[[17, 2]], [[17, 2]], []]
+    assert borrow(batch[:2], longest=8) == [[], []]
