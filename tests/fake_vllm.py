@@ -25,6 +25,8 @@ SLOW_SECONDS = 3.0
 class FakeVllm(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
+    # connections that wait to be accepted: with the usual 5 a busy machine resets some
+    request_queue_size = 128
 
     def __init__(self, model: PreTrainedModel, eos_id: int, pad_id: int) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
