@@ -77,6 +77,9 @@ def _sharpened(model: PreTrainedModel, factor: float) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(factor if parameter.dim() > 1 else 1.0)
+        # transformers begins the row of the pad token at zero, where the slope of a norm is 1000
+        rows = model.get_input_embeddings().weight
+        rows[rows.abs().sum(-1) == 0] = rows[-1].clone()
     return model.eval()
 
 
