@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
 
 from pipeline.config import load_settings
@@ -16,13 +15,14 @@ from pipeline.errors import ArtifactError, ConfigError, StageError, Stopped
 from pipeline.job import Input, Job, Out
 from pipeline.records import Ranking, write_jsonl
 from pipeline.settings import Settings
-from pipeline.settings.model import ModelSettings
+from pipeline.settings.model import LoraSettings, ModelSettings
 from pipeline.settings.reward import RewardSettings
 from stages import reward, reward_training
 from stages import tokenizer as tokenizer_stage
 from stages.adapters import check_base, load_head
 from stages.chat import encode_completion, encode_prompt
 from stages.models import (
+    add_lora,
     load_causal_lm,
     load_reward_model,
     load_tokenizer,
@@ -200,20 +200,23 @@ def test_adapters_are_published_merged_and_apart(tmp_path: Path, base: Path) -> 
         assert word.encode() not in files["adapter/adapter_config.json"], word
     assert str(tmp_path).encode() not in text
 
-    # the adapter on the frozen language model, with the head, scores like the merged classifier
+    # beside a policy's adapter on one frozen base, with the head, it scores like the merged classifier
     model = load_causal_lm(Input("model", BASE_DIGEST, path=base))
-    adapted = PeftModel.from_pretrained(model, out.artifact / "adapter", adapter_name="reward")
+    policy: Any = add_lora(model, LoraSettings(rank=2), "causal")
+    policy.load_adapter(out.artifact / "adapter", "value")
     head = load_head(out.artifact)["weight"]
     merged = load_reward_model(Input("reward_model", "sha256:3", path=out.artifact))
     for row in score_rows(base)[:5]:
         tokens = torch.tensor([row])
+        hidden = {}
         with torch.no_grad():
-            hidden = adapted.get_base_model().base_model(input_ids=tokens).last_hidden_state
+            for name in ("default", "value"):
+                policy.set_adapter(name)
+                read = policy.get_base_model().base_model(input_ids=tokens)
+                hidden[name] = read.last_hidden_state[0, -1]
             expected = merged(input_ids=tokens).logits.item()
-        assert (hidden[0, -1] @ head[0]).item() == pytest.approx(expected, abs=1e-5)
-        with torch.no_grad(), adapted.disable_adapter():
-            plain = adapted.get_base_model().base_model(input_ids=tokens).last_hidden_state
-        assert not torch.allclose(plain, hidden, atol=1e-3), "the adapter must do something"
+        assert (hidden["value"] @ head[0]).item() == pytest.approx(expected, abs=1e-5)
+        assert not torch.allclose(*hidden.values(), atol=1e-3), "the adapter must do something"
 
     check_base(out.artifact, BASE_DIGEST)
     with pytest.raises(ArtifactError, match=r"belongs on the model sha256:111.*not on sha256:222"):
