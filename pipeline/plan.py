@@ -27,8 +27,8 @@ STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage("tokenizer", "stages.tokenizer", 1, "tokenizer", ("tokenizer",)),
-        Stage("pretrain", "stages.pretrain", 1, "model", ("model", "pretrain")),
-        Stage("sft", "stages.sft", 1, "model", ("model", "sft")),
+        Stage("pretrain", "stages.pretrain", 2, "model", ("model", "pretrain")),
+        Stage("sft", "stages.sft", 2, "model", ("model", "sft")),
         Stage("sample", "stages.sample", 2, "samples", ("model", "sample")),
         Stage("rank", "labeling_ui.rank", 1, "rankings", ("rank",)),
         Stage("reward", "stages.reward", 2, "reward_model", ("model", "reward")),

@@ -20,6 +20,7 @@ from pipeline import worker
 from pipeline.errors import ConfigError, StageError, Stopped
 from pipeline.job import Out
 from pipeline.settings import Settings
+from stages.attention import use_attention_in_fp32
 
 _KINDS = (
     DistributedType.NO,
@@ -45,6 +46,8 @@ def start(settings: Settings, out: Out) -> Accelerator:
             InitProcessGroupKwargs(timeout=timedelta(seconds=settings.launch.timeout_seconds))
         ],
     )
+    on_cpu = accelerator.device.type == "cpu"
+    use_attention_in_fp32(on_cpu and accelerator.mixed_precision == "bf16")
     if accelerator.num_processes != out.world_size:
         raise StageError(
             f"{out.step}: {out.world_size} processes were started, but Accelerate sees"

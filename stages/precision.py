@@ -16,6 +16,8 @@ from contextlib import nullcontext
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from stages.attention import use_attention_in_fp32
+
 _ROWS, _TOKENS = 4, 256
 _LAYERS = 2
 _WIDEST = 1024  # wider ones gain at least as much, and would take long to probe
@@ -41,6 +43,9 @@ def bf16_speedup(width: int, device: torch.device) -> float:
         )
     ).to(device)
     tokens_BT = torch.randint(2048, (_ROWS, _TOKENS), device=device)
+
+    # as in training, see common.start
+    use_attention_in_fp32(device.type == "cpu")
 
     def seconds(bf16: bool) -> float:
         start = time.perf_counter()

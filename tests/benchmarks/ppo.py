@@ -30,6 +30,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from pipeline.records import Prompt
 from pipeline.settings.ppo import PpoSettings
 from stages import critics
+from stages.attention import use_attention_in_fp32
 from stages.common import adamw
 from stages.engines import HfEngine, Sampling
 from stages.experience import Models, roll_out, to_experience
@@ -56,6 +57,8 @@ def scalar_llama(seed: int) -> LlamaForSequenceClassification:
 def make_loop(critic: str, precision: str = "no", **settings: Any) -> tuple[_Loop, Models]:
     """The loop of the ppo stage on random models, without prompts, files or validation."""
     accelerator = Accelerator(mixed_precision=precision, cpu=True)
+    # as common.start does
+    use_attention_in_fp32(precision == "bf16")
     ppo = PpoSettings(
         **{
             "updates": 1000,

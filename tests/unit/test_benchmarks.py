@@ -7,6 +7,7 @@ import json
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from tests.benchmarks.__main__ import Benchmark, Result, last_line, page, run
 from tests.benchmarks.common import Interval, Seconds, interleave, json_line, paired_ratio, table
 from tests.benchmarks.limits import forward_flops, matmul_peak
 
@@ -79,3 +80,39 @@ def test_flops_of_a_forward_by_hand() -> None:
 
 def test_the_peak_is_that_of_a_computer() -> None:
     assert 1e8 < matmul_peak("fp32", size=256, seconds=0.05) < 1e14
+
+
+def test_failed_and_missed_benchmarks_stand_in_the_table() -> None:
+    def result(line: dict[str, float] | None, problem: str, aim: float | None = 2.0) -> Result:
+        return Result(Benchmark("b", "m", (), 1.7, aim), "python", "said\n", line, problem, 1.0)
+
+    good = {"ratio": 2.1, "low": 2.0, "high": 2.2}
+    text = page(
+        [
+            result(good, ""),
+            result({**good, "ratio": 1.8}, ""),
+            result({**good, "ratio": 1.6}, ""),
+            result(None, "failed with exit code 1"),
+        ],
+        60.0,
+    )
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    verdicts = [row[-1] for row in rows if row[:1] == ["b"]]
+    assert verdicts == ["reached", "reached, below the aim", "MISSED", "failed with exit code 1"]
+    assert text.count("said") == 4
+
+
+def test_the_last_line_is_the_result_and_nothing_else_is() -> None:
+    line = '{"benchmark": "b", "ratio": 1.5, "low": 1.4, "high": 1.6}'
+    found = last_line(f"table\n{line}\n")
+    assert found is not None
+    assert found["ratio"] == 1.5
+    for output in ("", f"{line}\ntable", "[1]", '{"benchmark": "b"}'):
+        assert last_line(output) is None
+
+
+def test_a_benchmark_that_is_missing_or_takes_too_long_is_reported() -> None:
+    late = run(Benchmark("b", "rollout"), limit=0.01)
+    assert (late.line, late.problem) == (None, "took longer than 0 s")
+    missing = run(Benchmark("b", "no_such_benchmark"), limit=60)
+    assert (missing.line, missing.problem) == (None, "failed with exit code 1")
