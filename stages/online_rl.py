@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -212,7 +213,9 @@ class OnlineRun:
         return seed_for(self.settings.run.seed, self.out.stage, self.out.round, *purpose)
 
     def _generate(self, prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
-        with torch.no_grad(), self.trainer.accelerator.autocast():
+        # bf16 does not make a CPU decode faster
+        on_cpu = self.accelerator.device.type == "cpu"
+        with torch.no_grad(), nullcontext() if on_cpu else self.trainer.accelerator.autocast():
             generated = generate(
                 self.policy,
                 prompts,
@@ -275,7 +278,10 @@ class OnlineRun:
         prompts = [self.validation[i].ids for i in share]
         rows: list[tuple[list[int], float, float]] = []
         if prompts:
-            responses = self._generate(prompts, [self._seed("validation", i) for i in share])
+            # the seeds of ppo: both start from the same responses, and can be compared
+            run_seed, round = self.settings.run.seed, self.out.round
+            seeds = [seed_for(run_seed, "ppo", round, "validation", i) for i in share]
+            responses = self._generate(prompts, seeds)
             scores = self._scores(prompts, responses)
             rows = list(zip(responses, scores, self._kl(prompts, responses), strict=True))
         rows = gather_list(rows, accelerator)

@@ -71,9 +71,12 @@ def test_the_reward_rises_and_the_best_policy_is_published(stage, world, finishe
     assert {json.loads(line)["step"] for line in samples} == {0, 2, 4}
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_reward_is_the_normalised_score_of_the_very_ids(stage, world, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("stage", "architecture"), [("grpo", "llama"), ("rloo", "gpt2")])
+def test_the_reward_is_the_normalised_score_of_the_very_ids(
+    stage, architecture, tmp_path, monkeypatch
+):
     """Each row recomputed alone, by hand; the prompts are the ids that every stage sees."""
+    world = make_world(tmp_path / "world", architecture)
     seen = []
 
     def call(self, prompts, responses):
@@ -107,6 +110,16 @@ def test_the_reward_is_the_normalised_score_of_the_very_ids(stage, world, tmp_pa
     assert row["score"] == pytest.approx(sum(rewards) / 16, abs=1e-5)
     assert row["eos_rate"] == pytest.approx(ended / 16)
     assert row["response_tokens"] == pytest.approx(sum(map(len, responses)) / 16)
+    # the trainer's forward, which pads on the left, sees the same distributions as one row alone
+    policy = load_causal_lm(Input("model", "sha256:0", path=world["base"]))
+    entropies = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        with torch.no_grad():
+            logprobs = policy(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        entropies += entropy[len(prompt) - 1 : -1].tolist()
+    assert len({len(prompt) for prompt in prompts}) > 1
+    assert row["entropy"] == pytest.approx(sum(entropies) / len(entropies), abs=1e-4)
     # four responses to one prompt, and they differ
     assert prompts[0] == prompts[3] != prompts[4]
     assert len({tuple(r) for r in responses[:4]}) > 1
