@@ -9,7 +9,7 @@ import pytest
 
 from tests.e2e.test_tiny_line import prefline, rows_of, steps_of
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def started(run: Path) -> list[str]:

@@ -128,8 +128,8 @@ def test_the_reward_is_the_normalised_score_of_the_very_ids(
 @pytest.mark.parametrize(
     ("stage", "more"),
     [
-        ("grpo", {}),
         ("rloo", {}),
+        pytest.param("grpo", {}, marks=pytest.mark.slow),
         pytest.param(
             "grpo",
             {"epochs": 2, "accumulation_steps": 2, "loss": "dapo"},
@@ -187,6 +187,22 @@ def test_padding_on_the_left_changes_no_position(architecture, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_is_applied_and_the_weights_stay_fp32(stage, world, finished, tmp_path):
+    job = make_job(stage, tmp_path / "run", world, **{**OWN, "updates": 1})
+    job.settings["model"]["precision"] = "bf16"
+    _, out = run(job)
+    exact, rounded = rows_of(finished[stage][1])[1], rows_of(out)[1]
+    assert rounded["entropy"] != exact["entropy"]
+    assert rounded["entropy"] == pytest.approx(exact["entropy"], rel=0.01)
+    saved = load_file(out.artifact / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    # rounded once to bf16 and back, the weights would be multiples of its steps
+    assert any((t != t.bfloat16().float()).any() for t in saved.values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("stage", ["dpo", "grpo", "rloo"])
 def test_a_killed_run_ends_with_the_same_bytes(stage, world, tmp_path):
     """SIGKILL while it trains, at no chosen place."""
@@ -230,6 +246,7 @@ def test_a_killed_run_ends_with_the_same_bytes(stage, world, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.dist
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("stage", ["dpo", "grpo", "rloo"])
 def test_two_processes_train_the_same_model(stage, world, tmp_path):
     own = {**OWN, "updates": 2, "eval_prompts": 3}
