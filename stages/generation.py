@@ -19,6 +19,8 @@ from stages.kv_cache import holds_plain_states, join
 
 # a cache that is copied whole when a row leaves: worth it once a quarter of them is done
 _LIVE_FRACTION = 0.75
+# tokens that are summed first when one is drawn: about the root of a large vocabulary
+_CHUNK = 256
 # prompts read at once: short batches win on a CPU, wide ones on a GPU
 _PROMPT_TOKENS = {True: 512, False: 16384}
 
@@ -227,15 +229,37 @@ def _choose(
         chosen_B = logits_BV.argmax(-1)
         return chosen_B, logprobs_BV.gather(-1, chosen_B.unsqueeze(-1)).squeeze(-1)
     logprobs_BV = (logits_BV / temperature).log_softmax(-1)
-    # float64: in float32 the sum over 50,000 tokens is off by more than the rarest token
-    probs_BV = logprobs_BV.double().exp()
+    probs_BV = logprobs_BV.exp()
     if top_p < 1:
         sorted_BV, order_BV = probs_BV.sort(-1, descending=True)
-        before_BV = sorted_BV.cumsum(-1) - sorted_BV
+        before_BV = sorted_BV.cumsum(-1, dtype=torch.float64) - sorted_BV
         sorted_BV = sorted_BV.masked_fill(before_BV >= top_p, 0.0)
         probs_BV = torch.zeros_like(probs_BV).scatter(-1, order_BV, sorted_BV)
-    cumulative_BV = probs_BV.cumsum(-1)
-    target_B1 = (uniform_B * cumulative_BV[:, -1]).unsqueeze(-1)
-    chosen_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
-    chosen_B1 = chosen_B1.clamp(max=logits_BV.shape[-1] - 1)
+    chosen_B1 = _inverted(probs_BV, uniform_B)
     return chosen_B1.squeeze(-1), logprobs_BV.gather(-1, chosen_B1).squeeze(-1)
+
+
+def _inverted(weights_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """Where the cumulative distribution of these weights first exceeds a number in [0, 1), `[B, 1]`.
+
+    First among chunks, then inside one: a running sum over the whole vocabulary takes as long as a step
+    of a small model (measured at 64 x 32768: 49 ms, in chunks 7). Never an entry of weight 0.
+    """
+    B, V = weights_BV.shape
+    weights_BCN = nn.functional.pad(weights_BV, (0, -V % _CHUNK)).view(B, -1, _CHUNK)
+    # float64: in float32 a sum over 50,000 tokens is off by more than the rarest token
+    chunks_BC = weights_BCN.sum(-1).double().cumsum(-1)
+    target_B1 = uniform_B.unsqueeze(-1) * chunks_BC[:, -1:]
+    chunk_B1 = _first_above(chunks_BC, target_B1)
+    before_BC = nn.functional.pad(chunks_BC, (1, 0))
+    here_B1N = weights_BCN.gather(1, chunk_B1.unsqueeze(-1).expand(-1, -1, _CHUNK))
+    inside_BN = here_B1N.squeeze(1).double().cumsum(-1)
+    spot_B1 = _first_above(inside_BN, target_B1 - before_BC.gather(-1, chunk_B1))
+    return (chunk_B1 * _CHUNK + spot_B1).clamp(max=V - 1)
+
+
+def _first_above(cumulative_BN: Tensor, target_B1: Tensor) -> Tensor:
+    """First entry above the target; the last one that adds anything where rounding left none."""
+    target_B1 = torch.minimum(target_B1, cumulative_BN[:, -1:] * (1 - 2**-50))
+    found_B1 = torch.searchsorted(cumulative_BN, target_B1, right=True)
+    return found_B1.clamp(max=cumulative_BN.shape[-1] - 1)
