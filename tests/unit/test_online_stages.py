@@ -157,6 +157,16 @@ def test_a_stopped_run_ends_with_the_same_bytes_and_rows(
     assert out.cost == whole.cost
 
 
+def test_a_policy_that_is_only_harmed_is_not_published(world, tmp_path):
+    own = {**OWN, "updates": 1, "lr": 0.1, "warmup_fraction": 0.0, "kl_coef": 5.0}
+    metrics, out = run(make_job("rloo", tmp_path / "run", world, **own))
+    assert metrics["best_update"] == 0
+    assert rows_of(out)[1]["validation_reward"] < metrics["validation_reward"] - 1
+    expected = load_file(world["base"] / "model.safetensors")
+    for name, weight in load_file(out.artifact / "model.safetensors").items():
+        assert torch.equal(weight, expected[name]), name
+
+
 def test_adapters_move_their_layers_only(world, tmp_path):
     own = {**OWN, "updates": 2, "lora": {"rank": 2}, "kl_coef": 0.0}
     _, out = run(make_job("grpo", tmp_path / "run", world, **own))
