@@ -12,7 +12,6 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.errors import ArtifactError
 from stages.models import backbone_and_head
 
 FOLDER = "adapter"
@@ -41,25 +40,13 @@ def save_reward_adapter(model: PeftModel, artifact: Path, base_digest: str) -> N
     _write(folder / _ORIGIN, {"base_digest": base_digest, "head": "head.safetensors"})
 
 
-def check_base(artifact: Path, base_digest: str) -> None:
-    """Make sure that the adapter in `artifact` was trained on the model with `base_digest`.
-
-    Raises:
-        ArtifactError: it has no adapter, or one of another model.
-    """
-    try:
-        origin = json.loads((artifact / FOLDER / _ORIGIN).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(
-            f"{artifact}: this reward model was not trained with adapters",
-            "Train it with reward.lora.rank=8, or use another critic.",
-        ) from None
-    if origin["base_digest"] != base_digest:
-        raise ArtifactError(
-            f"{artifact}: its adapter belongs on the model {origin['base_digest'][:19]},"
-            f" not on {base_digest[:19]}",
-            "Use the reward model that was trained on this sft model.",
-        )
+def adapter_base(artifact: Path) -> str | None:
+    """Digest of the model that the adapter in `artifact` belongs on; None where there is no adapter."""
+    path = artifact / FOLDER / _ORIGIN
+    if not path.exists():
+        return None
+    origin: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+    return origin["base_digest"]
 
 
 def load_head(artifact: Path) -> dict[str, Tensor]:

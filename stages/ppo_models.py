@@ -7,13 +7,24 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
+from torch import nn
 
 from pipeline.errors import ArtifactError
 from pipeline.job import Input, Inputs, Out
 from pipeline.settings import Settings
 from pipeline.settings.ppo import PpoSettings
+from stages.adapters import FOLDER, adapter_base, load_head
 from stages.common import seed_for
-from stages.critics import Agent, ValuePass, lora, separate, shared, zero_head
+from stages.critics import (
+    AdapterBackbone,
+    Agent,
+    ValuePass,
+    lora,
+    separate,
+    shared,
+    zero_head,
+)
 from stages.engines import Sampling, make_engine
 from stages.experience import Models
 from stages.models import (
@@ -32,22 +43,28 @@ def load_models(settings: Settings, inputs: Inputs, accelerator: Accelerator, ou
     tokenizer = load_tokenizer(inputs["model"])
     torch.manual_seed(seed_for(settings.run.seed, "ppo", "adapters"))
     policy = add_lora(load_causal_lm(inputs["model"]), ppo.lora, "policy").to(device)
+    kind = ppo.critic or ("lora" if ppo.lora.rank else "separate")
+    on_base = kind == "lora" and _put_on_base(policy, inputs)
+    agent = _make_agent(kind, ppo, policy, inputs["reward_model"], on_base, device)
+    own = _reward_model(inputs["reward_model"], ppo.reward_weight, policy, on_base, device)
     # adapters switched off give the reference, where that is what the policy started from
     is_base = ppo.lora.rank > 0 and inputs["reference"].digest == inputs["model"].digest
     reference = None
     if not is_base:
         reference = load_causal_lm(inputs["reference"]).to(device).eval().requires_grad_(False)
-    agent = _make_agent(ppo, policy, inputs["reward_model"], device)
+    out.derived["frozen_models"] = (not is_base) + (not on_base)
     # dropout would make the ratio of an unchanged policy differ from 1
     for part in agent.passes:
         part.eval()
     agent.passes = [accelerator.prepare_model(part) for part in agent.passes]
-    rewards = Rewards(_reward_models(ppo, inputs, device), load_rules(ppo.rules))
+    paths = inputs["reward_models"].sources if "reward_models" in inputs else ()
+    others = [
+        _user_reward_model(Path(path).name, path, weight, tokenizer, device)
+        for path, weight in zip(paths, ppo.reward_model_weights, strict=True)
+    ]
     gold = None
     if "gold" in inputs:
-        gold = _user_reward_model("gold", inputs["gold"].sources[0], 0.0, device)
-    for source in [*rewards.models, *([gold] if gold else [])]:
-        _check_vocabulary(source, tokenizer)
+        gold = _user_reward_model("gold", inputs["gold"].sources[0], 0.0, tokenizer, device)
     sampling = Sampling(
         eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
@@ -57,45 +74,79 @@ def load_models(settings: Settings, inputs: Inputs, accelerator: Accelerator, ou
     )
     folder = out.checkpoints / "weights"
     engine = make_engine(ppo.rollout, policy, sampling, accelerator, folder, agent.value_head)
+    rewards = Rewards([own, *others], load_rules(ppo.rules))
     return Models(agent, engine, reference, rewards, gold, tokenizer)
 
 
-def _make_agent(ppo: PpoSettings, policy: Any, reward_model: Input, device: torch.device) -> Agent:
+def _put_on_base(policy: PeftModel, inputs: Inputs) -> bool:
+    """Put the reward model's adapter on the policy's base, frozen as `reward` and trained as `value`.
+
+    False, and a fresh `value` instead, where it was trained without adapters or on another model.
+    """
+    folder = inputs["reward_model"].path
+    assert folder is not None
+    if adapter_base(folder) != inputs["model"].digest:
+        add_adapter(policy, "value")
+        return False
+    trainable = [p for p in policy.parameters() if p.requires_grad]
+    policy.load_adapter(str(folder / FOLDER), adapter_name="reward", is_trainable=False)
+    policy.load_adapter(str(folder / FOLDER), adapter_name="value", is_trainable=True)
+    for parameter in trainable:
+        parameter.requires_grad_(True)
+    return True
+
+
+def _make_agent(
+    kind: str,
+    ppo: PpoSettings,
+    policy: Any,
+    reward_model: Input,
+    on_base: bool,
+    device: torch.device,
+) -> Agent:
     bonus = ppo.entropy_coef > 0
-    kind = ppo.critic or ("lora" if ppo.lora.rank else "separate")
     if kind == "shared":
         return shared(policy, ppo.temperature, bonus)
+    mean, std = reward_model.contract["score_mean"], reward_model.contract["score_std"]
+    if kind == "lora" and on_base:
+        return lora(policy, _head(reward_model, device), ppo.temperature, mean, std, bonus)
     if kind == "lora":
-        add_adapter(policy, "value")
         return lora(policy, zero_head(policy), ppo.temperature, entropy_gradient=bonus)
-    contract = reward_model.contract
     model = load_reward_model(reward_model).to(device)
-    critic = ValuePass(*backbone_and_head(model), contract["score_mean"], contract["score_std"])
-    return separate(policy, critic, ppo.temperature, bonus)
+    return separate(policy, ValuePass(*backbone_and_head(model), mean, std), ppo.temperature, bonus)
 
 
-def _reward_models(ppo: PpoSettings, inputs: Inputs, device: torch.device) -> list[RewardModel]:
-    own = inputs["reward_model"]
-    model = load_reward_model(own).to(device).eval().requires_grad_(False)
-    mean, std = own.contract["score_mean"], own.contract["score_std"]
-    found = [RewardModel("reward_model", ppo.reward_weight, model, mean, std)]
-    paths = inputs["reward_models"].sources if "reward_models" in inputs else ()
-    for path, weight in zip(paths, ppo.reward_model_weights, strict=True):
-        found.append(_user_reward_model(Path(path).name, path, weight, device))
-    return found
+def _head(reward_model: Input, device: torch.device) -> nn.Linear:
+    """A trainable copy of the scalar head that belongs to the reward model's adapter."""
+    assert reward_model.path is not None
+    tensors = load_head(reward_model.path)
+    head = nn.Linear(tensors["weight"].shape[1], 1, bias="bias" in tensors)
+    head.load_state_dict(tensors)
+    return head.to(device)
 
 
-def _user_reward_model(name: str, path: str, weight: float, device: torch.device) -> RewardModel:
+def _reward_model(
+    item: Input, weight: float, policy: Any, on_base: bool, device: torch.device
+) -> RewardModel:
+    mean, std = item.contract["score_mean"], item.contract["score_std"]
+    if on_base:
+        head = _head(item, device).requires_grad_(False)
+        backbone: nn.Module = AdapterBackbone(policy, "reward")
+        return RewardModel("reward_model", weight, backbone, head, mean, std)
+    model = load_reward_model(item).to(device).eval().requires_grad_(False)
+    return RewardModel("reward_model", weight, *backbone_and_head(model), mean, std)
+
+
+def _user_reward_model(
+    name: str, path: str, weight: float, tokenizer: Any, device: torch.device
+) -> RewardModel:
     item = Input("reward_models", "", path=Path(path))
     model = load_reward_model(item).to(device).eval().requires_grad_(False)
-    return RewardModel(name, weight, model, *normalisation(Path(path)))
-
-
-def _check_vocabulary(source: RewardModel, tokenizer: Any) -> None:
-    config = source.model.config
+    config = model.config
     if config.vocab_size != len(tokenizer) or config.pad_token_id != tokenizer.pad_token_id:
         raise ArtifactError(
-            f"ppo: the reward model {source.name} has {config.vocab_size} tokens and pads with"
+            f"ppo: the reward model {path} has {config.vocab_size} tokens and pads with"
             f" {config.pad_token_id}; the policy has {len(tokenizer)} and {tokenizer.pad_token_id}",
             "It reads the policy's token ids, so it needs the same tokenizer.",
         )
+    return RewardModel(name, weight, *backbone_and_head(model), *normalisation(Path(path)))

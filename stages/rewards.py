@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import ConfigError, StageError
 from pipeline.settings.ppo import PpoSettings
 from stages.chat import decode_response
-from stages.rollout import score_all
+from stages.rollout import score_rows
 
 GROUP = "prefline.rewards"
 Rule = Callable[[list[dict[str, Any]], str], float]
@@ -36,7 +36,8 @@ class RewardModel:
 
     name: str
     weight: float
-    model: PreTrainedModel
+    backbone: nn.Module
+    head: nn.Module
     mean: float
     std: float
 
@@ -64,7 +65,14 @@ class Rewards:
         """
         found: dict[str, Tensor] = {}
         for source in self.models:
-            raw_B = score_all(source.model, rows, tokenizer.pad_token_id, device, ppo.rows_per_rank)
+            raw_B = score_rows(
+                source.backbone,
+                source.head,
+                rows,
+                tokenizer.pad_token_id,
+                device,
+                ppo.rows_per_rank,
+            )
             normalised_B = (raw_B - source.mean) / source.std
             found[source.name] = normalised_B.clamp(-ppo.score_clip, ppo.score_clip)
         texts = [decode_response(tokenizer, ids) for ids in responses] if self.rules else []

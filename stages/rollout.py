@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.common import micro_batches, pad_right
+from stages.models import backbone_and_head
 
 
 class Sequences(NamedTuple):
@@ -114,12 +115,15 @@ def response_logprobs(
 
 
 def last_token_scores(
-    reward_model: nn.Module, rows: list[list[int]], pad_id: int, device: torch.device
+    backbone: nn.Module, head: nn.Module, rows: list[list[int]], pad_id: int, device: torch.device
 ) -> Tensor:
-    """Raw scores `[B]` of a sequence classifier, read at the last real token of each row."""
+    """Raw scores `[B]` of a scalar head on a transformer, read at the last token of each row."""
     tokens_BT = pad_right(rows, pad_id, device)
-    # right-padded: the classifier takes the last token that is not pad
-    return reward_model(input_ids=tokens_BT, use_cache=False).logits.squeeze(-1).float()
+    # by length: a sampled pad token is a token like any other
+    last_B = torch.tensor([len(row) - 1 for row in rows], device=device)
+    hidden_BTH = backbone(input_ids=tokens_BT, use_cache=False).last_hidden_state
+    scores_B: Tensor = head(hidden_BTH[torch.arange(len(rows), device=device), last_B])
+    return scores_B.squeeze(-1).float()
 
 
 def in_micro_batches(
@@ -134,7 +138,6 @@ def in_micro_batches(
     yield from micro_batches(lengths, rows_at_once, min(max_tokens, max(1, 2**27 // vocab_size)))
 
 
-@torch.no_grad()
 def score_all(
     reward_model: nn.Module,
     rows: list[list[int]],
@@ -142,11 +145,26 @@ def score_all(
     device: torch.device,
     rows_at_once: int = 64,
 ) -> Tensor:
-    """Raw scores `[B]` of all rows (prompt + response ids), in batches of similar length."""
+    """Raw scores `[B]` of all rows (prompt + response ids) by a sequence classifier."""
+    return score_rows(*backbone_and_head(reward_model), rows, pad_id, device, rows_at_once)
+
+
+@torch.no_grad()
+def score_rows(
+    backbone: nn.Module,
+    head: nn.Module,
+    rows: list[list[int]],
+    pad_id: int,
+    device: torch.device,
+    rows_at_once: int = 64,
+) -> Tensor:
+    """Raw scores `[B]` of all rows, in batches of similar length."""
     scores_B = torch.zeros(len(rows), device=device)
     for index in in_micro_batches([len(row) for row in rows], rows_at_once, device):
-        batch_B = last_token_scores(reward_model, [rows[i] for i in index], pad_id, device)
-        scores_B[torch.tensor(index, device=device)] = batch_B
+        picked = [rows[i] for i in index]
+        scores_B[torch.tensor(index, device=device)] = last_token_scores(
+            backbone, head, picked, pad_id, device
+        )
     return scores_B
 
 

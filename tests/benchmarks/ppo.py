@@ -85,7 +85,7 @@ def make_loop(critic: str, precision: str = "no", **settings: Any) -> tuple[_Loo
         agent,
         HfEngine(policy, sampling, accelerator, agent.value_head),
         reference,
-        Rewards([RewardModel("reward_model", 1.0, reward, 0.0, 1.0)], {}),
+        Rewards([RewardModel("reward_model", 1.0, *backbone_and_head(reward), 0.0, 1.0)], {}),
         None,
         SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS),  # type: ignore[arg-type]
     )

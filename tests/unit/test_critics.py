@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +11,16 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from pipeline.job import Input
 from pipeline.settings import LoraSettings
+from pipeline.settings.ppo import PpoSettings
+from stages.adapters import save_reward_adapter
 from stages.critics import Agent, ValuePass, active, lora, separate, shared, zero_head
 from stages.models import add_adapter, add_lora, backbone_and_head
-from stages.rollout import Sequences, make_sequences, response_logprobs
+from stages.ppo_models import _make_agent, _put_on_base, _reward_model
+from stages.rollout import Sequences, make_sequences, response_logprobs, score_rows
 
+CPU = torch.device("cpu")
 _CONFIGS = {
     "llama": {
         "vocab_size": 31,
@@ -180,3 +186,56 @@ def test_no_gradient_reaches_beyond_what_a_kind_trains(
     reached = [name for name, p in agent.policy_parameters().items() if p.grad is not None]
     assert bool(reached) == (kind == "shared")
     assert all(p.grad is not None for p in agent.value_parameters().values())
+
+
+def test_one_base_carries_policy_critic_and_reward_model(
+    config: Any, batch: Sequences, tmp_path: Path
+) -> None:
+    base = policy_of(config)
+    classifier = AutoModelForSequenceClassification.from_config(config).eval()
+    classifier.base_model.load_state_dict(base.base_model.state_dict())
+    reward = add_lora(classifier, LoraSettings(rank=3), "reward")
+    assert isinstance(reward, PeftModel)
+    for name, parameter in reward.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    save_reward_adapter(reward, tmp_path, "sha256:1")
+    rows = [[3, 4, 5, 9], [6, 7, 8]]
+    with torch.no_grad():
+        expected = [reward(torch.tensor([row])).logits.item() for row in rows]
+
+    policy = add_lora(base, LoraSettings(rank=2), "policy")
+    contract = {"score_mean": 0.5, "score_std": 2.0}
+    item = Input("reward_model", "", path=tmp_path, contract=contract)
+    model = Input("model", "sha256:1")
+    assert _put_on_base(policy, {"model": model, "reward_model": item})  # type: ignore[arg-type]
+    source = _reward_model(item, 1.0, policy, True, torch.device("cpu"))
+    agent = _make_agent("lora", PpoSettings(), policy, item, True, torch.device("cpu"))
+    found = score_rows(source.backbone, source.head, rows, 0, torch.device("cpu"))
+    assert found.tolist() == pytest.approx(expected, abs=1e-5)
+    # the critic begins as the reward model, on the scale of the scores
+    whole = make_sequences([row[:-1] for row in rows], [row[-1:] for row in rows], 0, CPU)
+    one_on = make_sequences(rows, [[1], [1]], 0, CPU)
+    values = agent.values(one_on, 8)[:, 0]
+    assert values.tolist() == pytest.approx([(x - 0.5) / 2.0 for x in expected], abs=1e-5)
+    # and what it learns, neither the policy nor the reward model does
+    agent.passes[0](whole).values_BR.sum().backward()
+    for parameter in agent.value_parameters().values():
+        parameter.data += parameter.grad
+    assert not torch.allclose(agent.values(one_on, 8)[:, 0], values)
+    found = score_rows(source.backbone, source.head, rows, 0, torch.device("cpu"))
+    assert found.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_adapter_of_another_model_is_not_used(config: Any, tmp_path: Path) -> None:
+    reward = add_lora(
+        AutoModelForSequenceClassification.from_config(config), LoraSettings(rank=3), "reward"
+    )
+    save_reward_adapter(reward, tmp_path, "sha256:other")  # type: ignore[arg-type]
+    policy = add_lora(policy_of(config), LoraSettings(rank=2), "policy")
+    inputs = {
+        "model": Input("model", "sha256:1"),
+        "reward_model": Input("reward_model", "", path=tmp_path),
+    }
+    assert not _put_on_base(policy, inputs)  # type: ignore[arg-type]
+    assert sorted(policy.peft_config) == ["default", "value"]  # type: ignore[union-attr]

@@ -60,8 +60,10 @@ def test_a_score_is_read_at_the_end_token_and_does_not_depend_on_padding() -> No
     model = tiny_reward_model()
     rows = [[5, 6, 7, 2], [8, 9, 2], [5, 6, 7]]
     with torch.no_grad():
-        together = last_token_scores(model, rows, 0, CPU)
-        alone = torch.cat([last_token_scores(model, [row], 0, CPU) for row in rows])
+        together = last_token_scores(*backbone_and_head(model), rows, 0, CPU)
+        alone = torch.cat(
+            [last_token_scores(*backbone_and_head(model), [row], 0, CPU) for row in rows]
+        )
         hidden = model.model(torch.tensor([rows[0]])).last_hidden_state[0, 3]
     torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5)
     assert together[0].item() == pytest.approx(model.score(hidden).item(), abs=1e-6)

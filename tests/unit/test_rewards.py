@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from pipeline.errors import ConfigError, StageError
 from pipeline.settings.ppo import PpoSettings
 from stages import rewards
+from stages.models import backbone_and_head
 from stages.rewards import RewardModel, Rewards, load_rules
 
 
@@ -73,8 +74,8 @@ def test_a_reward_model_is_normalised_then_clipped() -> None:
     model = AutoModelForSequenceClassification.from_config(config).eval()
     with torch.no_grad():
         raw = [model(torch.tensor([row])).logits.item() for row in ([3, 4, 5], [3, 6, 7, 8])]
-    plain = RewardModel("plain", 1.0, model, mean=0.1, std=0.5)
-    steep = RewardModel("steep", 2.0, model, mean=raw[0] - 1, std=1e-3)
+    plain = RewardModel("plain", 1.0, *backbone_and_head(model), mean=0.1, std=0.5)
+    steep = RewardModel("steep", 2.0, *backbone_and_head(model), mean=raw[0] - 1, std=1e-3)
     sources, found = scores({}, [plain, steep])
     assert found["plain"].tolist() == pytest.approx([(x - 0.1) / 0.5 for x in raw], abs=1e-5)
     assert found["steep"].tolist()[0] == 5.0
