@@ -107,7 +107,11 @@ def _in_full(accelerator: Accelerator) -> bool:
 
 
 class HfEngine:
-    """Our decode loop on the policy itself, with the trainer's autocast on a GPU."""
+    """Our decode loop on the policy itself, with the trainer's autocast on a GPU.
+
+    Where training is in bf16 its logprobs are not those of the training forward, and the ratio of an
+    unchanged policy has to be 1: they are computed again.
+    """
 
     def __init__(
         self,
@@ -116,13 +120,14 @@ class HfEngine:
         accelerator: Accelerator,
         value_head: nn.Module | None = None,
     ) -> None:
-        self.same_logprobs = _in_full(accelerator)
+        self.same_logprobs = accelerator.mixed_precision == "no"
+        self._in_full = _in_full(accelerator)
         self._policy, self._sampling, self._value_head = policy, sampling, value_head
         self._accelerator = accelerator
 
     def generate(self, prompts: list[list[int]], seeds: list[int]) -> list[Generated]:
         s = self._sampling
-        with nullcontext() if self.same_logprobs else self._accelerator.autocast():
+        with nullcontext() if self._in_full else self._accelerator.autocast():
             return generate(
                 self._policy,
                 prompts,
@@ -154,15 +159,16 @@ class ContinuousEngine:
     def __init__(
         self, policy: PreTrainedModel | PeftModel, sampling: Sampling, accelerator: Accelerator
     ) -> None:
-        self.same_logprobs = _in_full(accelerator)
+        self.same_logprobs = accelerator.mixed_precision == "no"
+        self._in_full = _in_full(accelerator)
         self._sampling = sampling
         self._model = _plain(policy)
-        if not self.same_logprobs:
+        if not self._in_full:
             copy = AutoModelForCausalLM.from_config(_plain(policy).config, dtype=torch.bfloat16)
             self._model = copy.to(policy.device).eval().requires_grad_(False)
 
     def update(self, policy: PreTrainedModel | PeftModel) -> None:
-        if self.same_logprobs:
+        if self._in_full:
             self._model = _plain(policy)
         else:
             self._model.load_state_dict(plain_weights(policy))

@@ -55,15 +55,17 @@ class Rollout(NamedTuple):
     scores_B: Tensor
     parts_B: dict[str, Tensor]
     ended_B: Tensor
-    weights_BR: Tensor | None = None
+    engine_logprobs_BR: Tensor | None = None
 
 
 class Experience(NamedTuple):
-    """A rollout with what the losses need: whitened advantages and returns, `[B, R]`."""
+    """A rollout with what the losses need: whitened advantages, returns and importance weights of
+    tokens that another engine sampled (None is 1), `[B, R]`."""
 
     rollout: Rollout
     advantages_BR: Tensor
     returns_BR: Tensor
+    weights_BR: Tensor | None = None
 
 
 class _Row(NamedTuple):
@@ -108,15 +110,9 @@ def roll_out(
         values = [value for row in rows for value in row.tokens[name]]
         return batch.spread(torch.tensor(values, device=device))
 
-    logprobs_BR = padded("logprobs")
-    weights_BR = None
-    if not models.engine.same_logprobs:
-        weights_BR = ppo_math.truncated_importance(
-            logprobs_BR, padded("engine_logprobs"), batch.valid_BR, ppo.rollout.importance_cap
-        )
     return Rollout(
         batch,
-        logprobs_BR,
+        padded("logprobs"),
         padded("ref_logprobs"),
         padded("values"),
         torch.tensor([row.score for row in rows], device=device),
@@ -125,7 +121,7 @@ def roll_out(
             for name in rows[0].parts
         },
         torch.tensor([row.ended for row in rows], device=device),
-        weights_BR,
+        None if models.engine.same_logprobs else padded("engine_logprobs"),
     )
 
 
@@ -222,7 +218,12 @@ def to_experience(rollout: Rollout, kl_coef: float, ppo: PpoSettings) -> Experie
         )
     if ppo.whiten_advantages:
         advantages_BR = ppo_math.whiten(advantages_BR, valid_BR)
-    return Experience(rollout, advantages_BR, returns_BR)
+    weights_BR = None
+    if rollout.engine_logprobs_BR is not None:
+        weights_BR = ppo_math.truncated_importance(
+            rollout.logprobs_BR, rollout.engine_logprobs_BR, valid_BR, ppo.rollout.importance_cap
+        )
+    return Experience(rollout, advantages_BR, returns_BR, weights_BR)
 
 
 def rollout_metrics(rollout: Rollout, kl_coef: float) -> Metrics:
@@ -240,6 +241,9 @@ def rollout_metrics(rollout: Rollout, kl_coef: float) -> Metrics:
         "eos_rate": rollout.ended_B.float().mean().item(),
         "repetition": repetition(rollout.batch),
     }
+    if rollout.engine_logprobs_BR is not None:
+        apart = ppo_math.kl_estimates(rollout.engine_logprobs_BR, rollout.logprobs_BR, valid_BR)
+        row["engine_kl"] = (apart.k3_BR.sum() / valid_BR.sum()).item()
     if len(rollout.parts_B) > 1:
         row |= {f"score/{name}": x_B.mean().item() for name, x_B in rollout.parts_B.items()}
     return row

@@ -62,21 +62,23 @@ def generate(
     results: list[Generated | None] = [None] * len(prompts)
     was_training = model.training
     model.eval()
-    for at in range(0, len(order), rows_at_once):
-        rows = order[at : at + rows_at_once]
-        batch = _decode(
-            model,
-            [prompts[i] for i in rows],
-            _uniforms([seeds[i] for i in rows], max_response_tokens),
-            eos_id,
-            pad_id,
-            temperature,
-            top_p,
-            value_head,
-        )
-        for i, generated in zip(rows, batch, strict=True):
-            results[i] = generated
-    model.train(was_training)
+    try:
+        for at in range(0, len(order), rows_at_once):
+            rows = order[at : at + rows_at_once]
+            batch = _decode(
+                model,
+                [prompts[i] for i in rows],
+                _uniforms([seeds[i] for i in rows], max_response_tokens),
+                eos_id,
+                pad_id,
+                temperature,
+                top_p,
+                value_head,
+            )
+            for i, generated in zip(rows, batch, strict=True):
+                results[i] = generated
+    finally:
+        model.train(was_training)
     return [generated for generated in results if generated is not None]
 
 

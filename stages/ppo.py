@@ -16,6 +16,7 @@ never negative), reward = score - kl_coef * kl (rises), response_tokens, eos_rat
 of 4-grams (stays), explained_variance (towards 1), value_error (falls), entropy in nats a token
 (falls slowly; near 0 is collapse), clip_fraction (0.02 to 0.3), ratio_max (< 3), approx_kl old to new
 (< 0.02 a token), epochs_done, policy_loss, value_loss, *_grad_norm, alarms that hold (0);
+engine_kl of a sampling engine that is not the trainer's forward (< 0.01 nats a token);
 validation_score, validation_kl, validation_reward (and validation_gold) decide which policy is kept.
 """
 
@@ -195,8 +196,8 @@ class _Loop:
             ).item()
             # 4 optimise
             row |= self._optimise(experience)
-            self.models.engine.update(self.agent.policy)
             check_finite(self.update + 1, "ppo", **row)
+            self.models.engine.update(self.agent.policy)
             self.update += 1
             if self.ppo.kl_control == "adaptive":
                 self.kl_coef = ppo_math.adaptive_kl(
@@ -366,7 +367,7 @@ class _Loop:
                 ppo.clip_low,
                 ppo.clip_high,
                 num_valid,
-                None if rollout.weights_BR is None else own(rollout.weights_BR),
+                None if experience.weights_BR is None else own(experience.weights_BR),
             )
             entropy = torch.where(valid_BR, outputs.entropy_BR, 0.0).sum()
             policy_loss = policy.loss - ppo.entropy_coef * entropy / num_valid

@@ -117,6 +117,8 @@ class PpoSettings(Strict):
             )
         if self.critic == "lora" and self.lora.rank == 0:
             raise ValueError("critic: lora needs adapters: set lora.rank, for instance to 8")
+        if self.rollout.engine == "vllm" and self.temperature > 2:
+            raise ValueError("rollout.engine: vllm serves temperatures up to 2 only")
         if len(self.reward_models or ()) != len(self.reward_model_weights):
             raise ValueError(
                 f"reward_models names {len(self.reward_models or ())} models, but"

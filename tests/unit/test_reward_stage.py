@@ -235,7 +235,9 @@ def test_several_heads_are_published_beside_their_mean(tmp_path: Path, base: Pat
     pad_id = tokenizer.pad_token_id
     groups = [item.group for item in encode_rankings(rankings(6), tokenizer, 64)[0]]
     score_N, spread_N = score_with_uncertainty(GroupScorer(model, pad_id, True), heads, groups)
-    raw_N = last_token_scores(*backbone_and_head(model), score_rows(base), pad_id, torch.device("cpu"))
+    raw_N = last_token_scores(
+        *backbone_and_head(model), score_rows(base), pad_id, torch.device("cpu")
+    )
     normal = json.loads((out.artifact / "reward.json").read_text())
     expected_N = (raw_N - normal["score_mean"]) / normal["score_std"]
     torch.testing.assert_close(score_N, expected_N, atol=1e-4, rtol=1e-4)
