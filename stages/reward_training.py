@@ -27,6 +27,7 @@ from stages.common import (
     check_finite,
     clip_gradients,
     epoch_order,
+    generator,
     set_lr,
     stop_if_asked,
     sum_over_ranks,
@@ -44,6 +45,9 @@ from stages.reward_losses import (
 )
 from stages.rollout import in_micro_batches
 from stages.shared_prefix import GroupScorer, PromptGroup
+
+# rankings that a response to another prompt is drawn from; of few, the closest is not close
+_CANDIDATES = 32
 
 
 def train_reward_model(
@@ -71,7 +75,7 @@ def train_reward_model(
         load_optimizer(optimizer, found.tensors["optimizer"])
         begin = found.step
     scorer = accelerator.prepare_model(GroupScorer(model, pad_id, share_prefix))
-    longest = longest_row(settings, backbone_and_head(model)[0])
+    others = OtherPrompts(rankings, longest_row(settings, backbone_and_head(model)[0]), seed)
     weights_NH = ranking_weights(rankings, backbone_and_head(model)[1].out_features, seed)
 
     def save(step: int) -> None:
@@ -92,7 +96,12 @@ def train_reward_model(
         set_lr(optimizer, lr)
         torch.manual_seed(seed + step * 1009 + out.rank)  # dropout
         row = _gradients(
-            scorer, [rankings[i] for i in order], weights_NH[order], settings, accelerator, longest
+            scorer,
+            [rankings[i] for i in order],
+            others.borrow(order, step) if settings.off_prompt else [[] for _ in order],
+            weights_NH[order],
+            settings,
+            accelerator,
         )
         row["grad_norm"] = clip_gradients(model, settings.max_grad_norm)
         optimizer.step()
@@ -136,21 +145,20 @@ def ranking_loss(scores_KH: Tensor, ranking: EncodedRanking, settings: RewardSet
 def _gradients(
     scorer: nn.Module,
     batch: list[EncodedRanking],
+    borrowed: list[list[list[int]]],
     weights_BH: Tensor,
     settings: RewardSettings,
     accelerator: Accelerator,
-    longest: int,
 ) -> Metrics:
     """Gradients of one optimiser step over the rankings of all ranks, and their metrics.
 
-    batch: the rankings of all ranks; weights_BH: what each counts for each head. longest: tokens
-    that the model can read.
+    batch: the rankings of all ranks; borrowed: for each the responses to another prompt that it
+    must beat; weights_BH: what each counts for each head.
     """
     world, rank = accelerator.num_processes, accelerator.process_index
     own = list(range(rank, len(batch), world))
     plain: GroupScorer = accelerator.unwrap_model(scorer)
     most = -(-len(own) // settings.accumulation_steps)
-    borrowed = borrow(batch, longest) if settings.off_prompt else [[] for _ in batch]
     groups_B = [
         PromptGroup(ranking.group.prompt, ranking.group.responses + other)
         for ranking, other in zip(batch, borrowed, strict=True)
@@ -187,24 +195,36 @@ def _gradients(
     return {"loss": loss, "accuracy": correct / max(1.0, pairs)}
 
 
-def borrow(batch: list[EncodedRanking], longest: int) -> list[list[list[int]]]:
-    """For each ranking a response of the next one with another prompt; none where none fits.
+class OtherPrompts:
+    """For each ranking of a step a response to another prompt, one that is easy to mistake for it.
 
-    Neighbours change with every pass, because the order of the rankings does.
+    longest: tokens that the model can read.
     """
-    found: list[list[list[int]]] = []
-    for i, ranking in enumerate(batch):
-        room = longest - len(ranking.group.prompt)
-        others = (batch[(i + step) % len(batch)] for step in range(1, len(batch)))
-        fitting = (
-            [response]
-            for other in others
-            if other.group.prompt != ranking.group.prompt
-            for response in other.group.responses
-            if len(response) <= room
-        )
-        found.append(next(fitting, []))
-    return found
+
+    def __init__(self, rankings: list[EncodedRanking], longest: int, seed: int) -> None:
+        self._rankings, self._longest, self._seed = rankings, longest, seed
+        self._words = [frozenset(ranking.group.prompt) for ranking in rankings]
+
+    def borrow(self, own: list[int], step: int) -> list[list[list[int]]]:
+        """One response each; none where no candidate fits behind the prompt."""
+        rng = generator(self._seed, "reward", "off_prompt", step)
+        drawn_BC = torch.randint(len(self._rankings), (len(own), _CANDIDATES), generator=rng)
+        return [self._closest(i, row) for i, row in zip(own, drawn_BC.tolist(), strict=True)]
+
+    def _closest(self, i: int, candidates: list[int]) -> list[list[int]]:
+        """Of the candidates the one whose prompt shares most words with that of ranking i."""
+        group, best, found = self._rankings[i].group, -1.0, []
+        for j in candidates:
+            other = self._rankings[j].group
+            response = other.responses[j % len(other.responses)]
+            if other.prompt == group.prompt:
+                continue
+            if len(group.prompt) + len(response) > self._longest:
+                continue
+            shared = len(self._words[i] & self._words[j]) / len(self._words[i] | self._words[j])
+            if shared > best:
+                best, found = shared, [response]
+        return found
 
 
 def _sync(

@@ -27,7 +27,7 @@ from stages.reward_heads import (
 )
 from stages.reward_losses import pairwise_loss
 from stages.reward_measures import bootstrap_ratio, measure, pair_disagreement
-from stages.reward_training import borrow, ranking_loss, ranking_weights
+from stages.reward_training import OtherPrompts, ranking_loss, ranking_weights
 from stages.rollout import last_token_scores, score_all
 from stages.shared_prefix import GroupScorer, PromptGroup, score_groups
 
@@ -263,16 +263,18 @@ def test_micro_batches_cover_every_row_once_and_respect_both_limits() -> None:
     assert micro_batches([500], max_rows=4, max_tokens=100) == [[0]]
 
 
-def test_a_response_is_borrowed_from_the_next_other_prompt_that_fits() -> None:
+def test_a_response_is_borrowed_from_the_most_similar_other_prompt_that_fits() -> None:
     def of(prompt: list[int], *responses: list[int]) -> EncodedRanking:
         return EncodedRanking(PromptGroup(prompt, list(responses)), [Vote([1, 2])], str(prompt))
 
-    batch = [
-        of([1], [10, 2], [11, 2]),
-        of([1], [12, 2], [13, 2]),
-        of([3, 3, 3], [14, 15, 16, 2], [17, 2]),
+    rankings = [
+        of([1, 5, 6], [10, 2]),
+        of([1, 5, 6], [11, 2]),  # the same prompt is no other prompt
+        of([1, 5, 7], [12, 2]),
+        of([1, 8, 9], [13, 14, 15, 2]),
     ]
-    # its own prompt's are passed over, and so is what would not fit behind the prompt
-    assert borrow(batch, longest=8) == [[[14, 15, 16, 2]], [[14, 15, 16, 2]], [[10, 2]]]
-    assert borrow(batch, longest=4) == [[[17, 2]], [[17, 2]], []]
-    assert borrow(batch[:2], longest=8) == [[], []]
+    # 32 draws from 4 rankings hold each of them
+    others = OtherPrompts(rankings, 9, seed=0)
+    assert others.borrow([0, 1], step=0) == others.borrow([0, 1], step=1) == [[[12, 2]], [[12, 2]]]
+    assert OtherPrompts(rankings[2:], 6, seed=0).borrow([0, 1], 0) == [[], [[12, 2]]]
+    assert OtherPrompts(rankings[:2], 9, seed=0).borrow([0, 1], 0) == [[], []]
