@@ -59,12 +59,8 @@ TARGETS = {
         "stages.rollout",
         ("test_rollout.py", "test_reward_training.py", "test_generation.py", "test_ppo_exact.py"),
     ),
-    "reward_training": Target(
-        "stages.reward_training",
-        ("test_reward_training.py",),
-        frozenset(
-            {"pairwise_loss", "_correct_pairs", "measure", "_correlation", "bootstrap_ratio"}
-        ),
+    "reward_losses": Target(
+        "stages.reward_losses", ("test_reward_losses.py", "test_reward_training.py")
     ),
 }
 

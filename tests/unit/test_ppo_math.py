@@ -211,3 +211,88 @@ def test_junk_where_not_valid_and_gradients_stay_out_of_the_importance_weights()
     weights = ppo_math.truncated_importance(trainer, engine, valid, cap=2.0)
     assert weights.tolist() == [[1.0, 0.0, 0.0]]
     assert not weights.requires_grad
+
+
+# ---- the edges -----------------------------------------------------------------------------
+
+
+def test_a_response_without_tokens_takes_nothing_from_the_others() -> None:
+    valid = torch.tensor([[False, False, False], [True, True, False], [True, True, True]])
+    zeros = torch.zeros(3, 3)
+    rewards = ppo_math.kl_penalised_rewards(
+        torch.tensor([5.0, 6.0, 7.0]), zeros, zeros, valid, kl_coef=1.0
+    )
+    assert rewards.tolist() == [[0.0, 0.0, 0.0], [0.0, 6.0, 0.0], [0.0, 0.0, 7.0]]
+
+
+def test_scores_in_another_precision_than_the_logprobs_are_taken() -> None:
+    zeros = torch.zeros(1, 2, dtype=torch.float64)
+    valid = torch.ones(1, 2, dtype=torch.bool)
+    rewards = ppo_math.kl_penalised_rewards(torch.tensor([0.5]), zeros, zeros, valid, 1.0)
+    assert rewards.tolist() == [[0.0, 0.5]]
+    assert rewards.dtype == torch.float64
+
+
+def test_whitening_nothing_or_one_number_gives_zeros() -> None:
+    nothing = torch.zeros(2, 2, dtype=torch.bool)
+    assert ppo_math.whiten(torch.ones(2, 2), nothing).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    one = torch.tensor([[True, False], [False, False]])
+    assert ppo_math.whiten(torch.full((2, 2), 3.0), one).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
+def test_whitening_tiny_numbers_is_held_back_by_eps() -> None:
+    x, valid = torch.tensor([[1e-4, -1e-4]]).double(), torch.ones(1, 2, dtype=torch.bool)
+    # variance 1e-8, eps 1e-8
+    assert ppo_math.whiten(x, valid)[0, 0].item() == pytest.approx(0.5**0.5)
+
+
+def test_a_far_ratio_is_cut_before_it_overflows() -> None:
+    one, true = torch.ones(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
+    far = ppo_math.policy_loss(one * 500, one * 0, -one, true, 0.2, 0.2, 1)
+    assert far.loss.item() == pytest.approx(math.exp(20))
+    near = ppo_math.policy_loss(one * -500, one * 0, one, true, 0.2, 0.2, 1)
+    assert near.loss.item() == pytest.approx(-math.exp(-20), rel=1e-6)
+    assert ppo_math.kl_estimates(one * -500, one * 0, true).k3_BR.item() == pytest.approx(
+        math.exp(20) - 1 - 500
+    )
+    assert ppo_math.kl_estimates(one * 500, one * 0, true).k3_BR.item() == pytest.approx(
+        math.exp(-20) - 1 + 500
+    )
+
+
+def test_the_log_counts_valid_tokens_only() -> None:
+    valid = torch.tensor([[True, True, False]])
+    log_ratio = torch.tensor([[math.log(1.5), 0.0, math.log(4.0)]])
+    found = ppo_math.policy_loss(
+        log_ratio, torch.zeros(1, 3), torch.tensor([[1.0, 1.0, 1.0]]), valid, 0.2, 0.2, 2
+    )
+    assert found.loss.item() == pytest.approx(-(1.2 + 1.0) / 2)
+    assert found.clipped.item() == 1
+    assert found.approx_kl.item() == pytest.approx(0.5 - math.log(1.5))
+    assert found.ratio_max.item() == pytest.approx(1.5)
+
+
+def test_weights_multiply_the_loss_of_their_token() -> None:
+    ones, valid = torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool)
+    advantages, weights = torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0, 0.5]])
+    found = ppo_math.policy_loss(ones, ones, advantages, valid, 0.2, 0.2, 2, weights)
+    assert found.loss.item() == pytest.approx(-(2.0 * 1.0 + 0.5 * 3.0) / 2)
+
+
+def test_value_loss_is_the_mean_over_valid_tokens() -> None:
+    valid = torch.tensor([[True, True, False]])
+    values, junk = torch.tensor([[1.0, 0.0, 9.0]]), torch.tensor([[0.0, 0.0, 1e6]])
+    found = ppo_math.value_loss(values, values, torch.tensor([[0.0, 2.0, 0.0]]) + junk, valid, 1, 2)
+    assert found.item() == pytest.approx(0.5 * (1.0 + 4.0) / 2)
+
+
+def test_explained_variance_worked_by_hand() -> None:
+    valid = torch.tensor([[True, True, False]])
+    returns, values = torch.tensor([[0.0, 2.0, 50.0]]), torch.tensor([[0.0, 1.0, -50.0]])
+    # variance of the returns 1, of what is left of them 1/4
+    assert ppo_math.explained_variance(values, returns, valid).item() == pytest.approx(0.75)
+    # the same on a small scale, and returns that are all alike
+    small = ppo_math.explained_variance(values * 1e-3, returns * 1e-3, valid)
+    assert small.item() == pytest.approx(0.75, rel=1e-4)
+    alike = ppo_math.explained_variance(torch.zeros(1, 3), torch.ones(1, 3), valid)
+    assert alike.item() == 1.0
