@@ -1,6 +1,7 @@
 # make demo   train a small model from scratch, align it, show the report (about ten minutes)
 # make test   the tests (a few minutes)       make slow   the long ones too
 # make lint   ruff and mypy                    make bench  against the peers, writes docs/benchmarks.md
+# make mutants  break the arithmetic of PPO and of the reward losses bit by bit, writes docs/mutants.md
 #
 # Each needs Python >= 3.11, make and git only: .venv is made on the first call, and again only when
 # pyproject.toml or constraints.txt change.
@@ -11,7 +12,7 @@ BIN := .venv/bin
 # two tests at a time, one thread each: faster on two cores than the other way round
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test slow bench lint clean
+.PHONY: demo test slow bench mutants lint clean
 
 demo: $(STAMP)
 	$(BIN)/prefline run configs/demo.yaml
@@ -24,6 +25,9 @@ slow: $(STAMP)
 
 bench: $(STAMP)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.benchmarks --page docs/benchmarks.md
+
+mutants: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -34,7 +34,9 @@ TINY: dict[str, Any] = {
 }
 
 
-def make_inputs(folder: Path, kind: str, train: int = 5, validation: int = 3) -> Inputs:
+def make_inputs(
+    folder: Path, kind: str, train: int = 5, validation: int = 3, double: bool = False
+) -> Inputs:
     """Policy = reference, a reward model and prompts of different length."""
     tokenizer = tokenizer_stage.train(iter(["one two three"] * 9), 300, 2)
     policy = tiny_model(kind, vocab_size=len(tokenizer), width=16, seed=7, sharpness=8.0)
@@ -44,7 +46,7 @@ def make_inputs(folder: Path, kind: str, train: int = 5, validation: int = 3) ->
         policy.get_output_embeddings().weight[tokenizer.eos_token_id] *= 5
     for name, model in (("policy", policy), ("reward", reward)):
         _set_ids(model, tokenizer)
-        save_model(model, tokenizer, folder / name)
+        save_model(model.double() if double else model, tokenizer, folder / name)
     words = ["a", "one two", "three three three", "two", "one one one one one"]
     prompts = [
         Prompt(({"role": "user", "content": f"{words[i % 5]} {i}"},), split)

@@ -194,7 +194,7 @@ def test_the_adaptive_coefficient_follows_the_measured_kl(whole: Callable[[str],
     assert len(set(coefs)) == 3
 
 
-# ---- gradients -----------------------------------------------------------------------------
+# ---- rollouts and gradients -----------------------------------------------------------------------------
 
 
 def first_gradients(job: Any) -> list[Tensor]:
@@ -208,6 +208,66 @@ def first_gradients(job: Any) -> list[Tensor]:
     with before_each_step(look):
         run_ppo(job)
     return found[:2]
+
+
+def watch_experience(monkeypatch: pytest.MonkeyPatch) -> list[Experience]:
+    """What every update of the runs to come learns from."""
+    seen: list[Experience] = []
+    original = ppo.to_experience
+
+    def to_experience(*args: Any) -> Experience:
+        seen.append(original(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(ppo, "to_experience", to_experience)
+    return seen
+
+
+@both
+def test_a_rollout_is_what_each_row_is_alone(
+    inputs_of: Callable[[str], Inputs],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    """Logprobs, values, and the score of the last token with the penalty of a response cut short."""
+    seen, inputs = watch_experience(monkeypatch), inputs_of(kind)
+    changes = {"missing_eos_penalty": 0.7, "score_clip": 0.5}
+    run_ppo(make_job(tmp_path / "run", inputs, updates=1, prompts_per_step=8, **changes))
+    rollout, policy = seen[0].rollout, load_causal_lm(inputs["model"])
+    reward = load_reward_model(inputs["reward_model"])
+    end = policy.config.eos_token_id
+    assert policy.config.pad_token_id != end
+    ended = rollout.ended_B.tolist()
+    assert 0 < sum(ended) < len(ended), "both kinds of row are needed"
+    batch = rollout.batch
+    clipped = 0
+    for b, tokens in enumerate(batch.tokens_BT.tolist()):
+        P, R = int(batch.prompt_tokens_B[b]), int(batch.response_tokens_B[b])
+        prompt, response = tokens[:P], tokens[P : P + R]
+        # the end token belongs to the response, and only there
+        assert (response[-1] == end) == ended[b]
+        assert end not in response[:-1]
+        assert R == 10 or ended[b]
+        row = prompt + response + ([] if ended[b] else [end])
+        with torch.no_grad():
+            hidden_TH = reward.base_model(input_ids=torch.tensor([row]))[0][0]
+            raw_T = reward.score(hidden_TH).squeeze(-1)
+            logprobs = [
+                float(exact_logprob(policy, prompt + response[:r], [response[r]], 0.8))
+                for r in range(R)
+            ]
+        score = (float(raw_T[-1]) - 0.1) / 0.5
+        clipped += abs(score) > 0.5
+        expected = max(-0.5, min(0.5, score)) - 0.7 * (not ended[b])
+        assert float(rollout.scores_B[b]) == pytest.approx(expected, abs=1e-4)
+        assert rollout.logprobs_BR[b, :R].tolist() == pytest.approx(logprobs, abs=1e-4)
+        assert rollout.ref_logprobs_BR[b, :R].tolist() == pytest.approx(logprobs, abs=1e-4)
+        values = [(float(raw_T[P - 1 + r]) - 0.1) / 0.5 for r in range(R)]
+        assert rollout.values_BR[b, :R].tolist() == pytest.approx(values, abs=1e-4)
+        for x_BR in (rollout.logprobs_BR, rollout.ref_logprobs_BR, rollout.values_BR):
+            assert x_BR[b, R:].abs().sum() == 0
+    assert clipped, "some score must be clipped"
 
 
 ONE_STEP = {"updates": 1, "epochs": 1, "minibatch_rows": 4, "max_grad_norm": 1e9}
@@ -240,13 +300,7 @@ def test_the_first_gradient_is_that_of_the_definition(
     kind: str,
 ) -> None:
     """- mean over all tokens of A grad log p, and of (V - return) grad V: row by row, by hand."""
-    seen: list[Experience] = []
-
-    def to_experience(*args: Any) -> Experience:
-        seen.append(ORIGINAL(*args))
-        return seen[-1]
-
-    monkeypatch.setattr(ppo, "to_experience", to_experience)
+    seen = watch_experience(monkeypatch)
     inputs = inputs_of(kind)
     found = first_gradients(make_job(tmp_path / "run", inputs, rows_per_rank=3, **ONE_STEP))
     policy, critic = load_causal_lm(inputs["model"]), load_reward_model(inputs["reward_model"])
@@ -270,9 +324,6 @@ def test_the_first_gradient_is_that_of_the_definition(
         model.zero_grad()
         (loss / count).backward()
         assert gradient.norm() == pytest.approx(norm_of(model), rel=1e-4)
-
-
-ORIGINAL = ppo.to_experience
 
 
 def norm_of(model: nn.Module) -> float:
