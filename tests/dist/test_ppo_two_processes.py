@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny_models import KINDS
 from tests.tiny_ppo import make_inputs, make_job, rows_of
 
 pytestmark = pytest.mark.dist
@@ -34,7 +33,7 @@ CHANGES: dict[str, Any] = {
 
 
 def run(work: Path, folder: Path, kind: str, processes: int) -> Path:
-    job = make_job(work, make_inputs(folder, kind, train=7), **CHANGES)
+    job = make_job(work, make_inputs(folder, kind, train=7, double=True), **CHANGES)
     (work / "job.json").write_text(job.to_json(), encoding="utf-8")
     shared = {
         **os.environ,
@@ -61,7 +60,9 @@ def run(work: Path, folder: Path, kind: str, processes: int) -> Path:
     return work
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(
+    scope="module", params=["llama", pytest.param("gpt2", marks=pytest.mark.slow)]
+)
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp(request.param)
     found = []

@@ -296,3 +296,27 @@ def test_explained_variance_worked_by_hand() -> None:
     assert small.item() == pytest.approx(0.75, rel=1e-4)
     alike = ppo_math.explained_variance(torch.zeros(1, 3), torch.ones(1, 3), valid)
     assert alike.item() == 1.0
+
+
+def test_a_ratio_inside_of_the_clip_is_not_counted_as_clipped() -> None:
+    one = torch.ones(1, 1)
+    for ratio, advantage in ((1.1, 1.0), (0.9, 1.0), (1.1, -1.0), (0.9, -1.0)):
+        found = ppo_math.policy_loss(
+            one * math.log(ratio), one * 0, one * advantage, one.bool(), 0.2, 0.2, 1
+        )
+        assert found.clipped.item() == 0
+
+
+def test_what_is_only_logged_carries_no_graph() -> None:
+    logprobs = torch.zeros(1, 1, requires_grad=True)
+    one = torch.ones(1, 1)
+    found = ppo_math.policy_loss(logprobs, one * 0, one, one.bool(), 0.2, 0.2, 1)
+    assert found.loss.requires_grad
+    assert not any(x.requires_grad for x in (found.clipped, found.approx_kl, found.ratio_max))
+
+
+def test_a_value_is_clipped_around_its_old_one() -> None:
+    one = torch.ones(1, 1)
+    # from 3 to 3.5 with a clip of 0.2 is 3.2: further from 3.4 than 3.5 is
+    loss = ppo_math.value_loss(one * 3.5, one * 3, one * 3.4, one.bool(), 0.2, 1)
+    assert loss.item() == pytest.approx(0.5 * 0.2**2)
