@@ -36,25 +36,25 @@ class PpoSettings(Strict):
     max_response_tokens: int = Field(128, ge=1)
     """Responses are cut at this many tokens."""
     temperature: float = Field(1.0, gt=0, le=5)
-    """Sampling temperature; the same one divides the logits of every logprob."""
+    """Sampling temperature; the same one divides the logits of every logprob (verl, OpenRLHF: 1)."""
     lr: float = Field(3e-6, gt=0)
     """Peak learning rate of the policy, linear to 0 (TRL: 3e-6; small models want far more)."""
-    value_lr: float | None = Field(None, gt=0)
-    """Peak learning rate of the value model; null is lr."""
+    value_lr: float | None = Field(1e-5, gt=0)
+    """Peak learning rate of the critic (verl: 1e-5, OpenRLHF: 9e-6); null is lr."""
     warmup_fraction: float = Field(0.03, ge=0, le=1)
-    """Fraction of the optimiser steps with a linear warm-up."""
+    """Fraction of the optimiser steps with a linear warm-up (OpenRLHF: 0.03)."""
     max_grad_norm: float = Field(1.0, gt=0)
-    """Gradients of policy and value model are clipped to this norm, each on its own."""
+    """Gradients of policy and critic are clipped to this norm, each on its own (OpenRLHF: 1)."""
     kl_coef: float = Field(0.05, ge=0)
     """Weight of the per-token KL to the reference in the reward, per nat (k1; TRL: 0.05)."""
     kl_control: Literal["fixed", "adaptive"] = "fixed"
     """adaptive: steer kl_coef towards kl_target (Ziegler et al. 2019, section 2.2)."""
     kl_target: float = Field(6.0, gt=0)
-    """Target of the adaptive controller, in nats a response."""
+    """Target of the adaptive controller, in nats a response (Ziegler: 6)."""
     kl_horizon: int = Field(10_000, ge=1)
-    """Horizon of the adaptive controller, in rollouts."""
+    """Horizon of the adaptive controller, in rollouts (Ziegler: 10,000)."""
     gamma: float = Field(1.0, gt=0, le=1)
-    """Discount (1: episodes are short)."""
+    """Discount (Ziegler, TRL, verl: 1; episodes are short)."""
     lam: float = Field(0.95, ge=0, le=1)
     """lambda of generalised advantage estimation (arXiv 1506.02438; Ziegler, TRL: 0.95)."""
     lam_value: float | None = Field(None, ge=0, le=1)
@@ -62,7 +62,7 @@ class PpoSettings(Strict):
     clip_low: float = Field(0.2, gt=0, lt=1)
     """The ratio is clipped below at 1 - clip_low (PPO paper, eq. 7: 0.2)."""
     clip_high: float = Field(0.2, gt=0)
-    """The ratio is clipped above at 1 + clip_high."""
+    """The ratio is clipped above at 1 + clip_high (0.2; DAPO, arXiv 2503.14476, takes 0.28)."""
     value_clip: float = Field(0.2, gt=0)
     """A value may move this far from its rollout value in one update (OpenAI baselines, TRL: 0.2)."""
     vf_coef: float = Field(0.1, gt=0)
@@ -70,7 +70,7 @@ class PpoSettings(Strict):
     entropy_coef: float = Field(0.0, ge=0)
     """Weight of the mean entropy of a token as a bonus in the loss."""
     whiten_advantages: bool = True
-    """Advantages to mean 0 and standard deviation 1 over all tokens of all ranks."""
+    """Advantages to mean 0 and standard deviation 1 over all tokens of all ranks (arXiv 2404.10719)."""
     score_clip: float = Field(5.0, gt=0)
     """Normalised reward-model scores are clipped to +- this (DeepSpeed-Chat: 5)."""
     missing_eos_penalty: float = Field(1.0, ge=0)
