@@ -1,0 +1,189 @@
+"""What the ppo step can be told beyond the plain algorithm, on tiny runs: critics, sources, PTX, gold."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline import worker
+from pipeline.errors import ArtifactError, DataError, Stopped
+from pipeline.job import Input, Inputs
+from stages import ppo_models
+from stages.models import load_causal_lm, load_reward_model, load_tokenizer, save_model
+from tests.tiny_ppo import make_inputs, make_job, rows_of, run_ppo
+
+LORA = {"rank": 2, "alpha": 4}
+TEXT = "one two three one two one three\n\n" * 40
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return make_inputs(tmp_path_factory.mktemp("inputs"), "llama")
+
+
+def with_text(inputs: Inputs, folder: Path, text: str = TEXT) -> Inputs:
+    path = folder / "text.txt"
+    path.write_text(text)
+    return {**inputs, "ptx": Input("ptx", "sha256:9", sources=(str(path),))}
+
+
+def weights(work: Path) -> bytes:
+    return (work / "artifact.tmp" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"critic": "shared", "value_warmup_updates": 1},
+        {"lora": LORA},
+        {"lora": LORA, "critic": "separate"},
+        {"ptx_coef": 0.5, "ptx_tokens": 16, "ptx_rows": 3, "rows_per_rank": 1},
+    ],
+    ids=["shared", "lora", "lora-separate", "ptx"],
+)
+def test_a_run_that_was_stopped_ends_with_the_same_bits(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    given = with_text(inputs, tmp_path) if "ptx_coef" in changes else inputs
+    changes = {**changes, "ptx_data": "x"} if "ptx_coef" in changes else changes
+    run_ppo(make_job(tmp_path / "whole", given, **changes))
+    job = make_job(tmp_path / "run", given, **changes)
+    asked = iter([False, False, True])
+    monkeypatch.setattr(worker, "stop_requested", lambda: next(asked))
+    with pytest.raises(Stopped):
+        run_ppo(job)
+    monkeypatch.setattr(worker, "stop_requested", lambda: False)
+    torch.manual_seed(torch.seed())
+    run_ppo(job)
+    assert rows_of(tmp_path / "run") == rows_of(tmp_path / "whole")
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
+def test_a_critic_in_warm_up_leaves_the_policy_alone(inputs: Inputs, tmp_path: Path) -> None:
+    for critic, changes in (("shared", {}), ("separate", {}), ("lora", {"lora": LORA})):
+        work = tmp_path / critic
+        run_ppo(
+            make_job(
+                work, inputs, critic=critic, value_warmup_updates=2, eval_every_updates=1, **changes
+            )
+        )
+        start, first, second, third = rows_of(work)
+        assert first["validation_kl"] == second["validation_kl"] == start["validation_kl"], critic
+        assert first["value_grad_norm"] > 0
+        assert third["validation_kl"] != start["validation_kl"], critic
+
+
+def test_the_policy_s_own_warm_up_begins_where_that_of_the_critic_ends(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    run_ppo(make_job(tmp_path, inputs, value_warmup_updates=1, warmup_fraction=0.25, updates=5))
+    # four updates of four steps: the first of them warms up
+    assert [row["lr"] for row in rows_of(tmp_path)[2:]] == pytest.approx(
+        [0.25e-3, 1e-3, 1e-3 * 8 / 12, 1e-3 * 4 / 12]
+    )
+
+
+def test_pretraining_text_is_learnt_along(inputs: Inputs, tmp_path: Path) -> None:
+    changes = {"ptx_tokens": 16, "ptx_data": "x", "updates": 6}
+    run_ppo(make_job(tmp_path / "ptx", with_text(inputs, tmp_path), ptx_coef=1.0, **changes))
+    losses = [row["ptx_loss"] for row in rows_of(tmp_path / "ptx")[1:]]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_too_little_pretraining_text_is_refused(inputs: Inputs, tmp_path: Path) -> None:
+    given = with_text(inputs, tmp_path, "one")
+    with pytest.raises(DataError, match="fewer tokens than one row of 128"):
+        run_ppo(make_job(tmp_path / "run", given, ptx_coef=1.0, ptx_data="x"))
+
+
+def test_the_score_is_the_weighted_sum_less_the_penalties(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def long(messages: list[dict[str, Any]], response: str) -> float:
+        assert messages[-1]["role"] == "user"
+        return float(len(response))
+
+    monkeypatch.setattr(
+        ppo_models, "load_rules", lambda weights: {n: (long, w) for n, w in weights.items()}
+    )
+    other = inputs["reward_model"]
+    given = {**inputs, "reward_models": Input("reward_models", "", sources=(str(other.path),))}
+    job = make_job(
+        tmp_path,
+        given,
+        reward_weight=0.5,
+        reward_models=[str(other.path)],
+        reward_model_weights=[2.0],
+        rules={"long": 0.25},
+        length_penalty=0.125,
+        missing_eos_penalty=3.0,
+    )
+    run_ppo(job)
+    for row in rows_of(tmp_path):
+        if "score/long" not in row:
+            continue
+        expected = (
+            0.5 * row["score/reward_model"]
+            + 2.0 * row["score/reward"]
+            + 0.25 * row["score/long"]
+            - 0.125 * row["response_tokens"]
+            - 3.0 * (1 - row["eos_rate"])
+        )
+        assert row["score"] == pytest.approx(expected, abs=1e-4)
+        assert row["score/long"] > 0
+
+
+def test_gold_decides_what_is_kept_where_it_is_asked_to(inputs: Inputs, tmp_path: Path) -> None:
+    """A gold model that is minus the reward model: what PPO does can only be worse by it."""
+    source = inputs["reward_model"]
+    model = load_reward_model(source)
+    with torch.no_grad():
+        model.score.weight.neg_()
+    save_model(model, load_tokenizer(source), tmp_path / "gold")
+    given = {**inputs, "gold": Input("gold", "", sources=(str(tmp_path / "gold"),))}
+    changes = {"gold": str(tmp_path / "gold"), "eval_every_updates": 1, "lr": 3e-3, "updates": 6}
+    kept = {}
+    for by in ("reward", "gold"):
+        kept[by], _ = run_ppo(make_job(tmp_path / by, given, keep_best_by=by, **changes))
+    rows = rows_of(tmp_path / "gold")
+    assert rows == rows_of(tmp_path / "reward")
+    values = [row["validation_gold"] - 0.05 * max(row["validation_kl"], 0) for row in rows]
+    assert kept["gold"]["best_update"] == values.index(max(values))
+    rewards = [row["validation_reward"] for row in rows]
+    assert kept["reward"]["best_update"] == rewards.index(max(rewards))
+    assert kept["gold"]["best_update"] != kept["reward"]["best_update"]
+
+
+def test_a_reward_model_with_another_vocabulary_is_refused(inputs: Inputs, tmp_path: Path) -> None:
+    source = inputs["reward_model"]
+    model = load_reward_model(source)
+    model.resize_token_embeddings(model.config.vocab_size + 1)
+    save_model(model, load_tokenizer(source), tmp_path / "other")
+    given = {**inputs, "gold": Input("gold", "", sources=(str(tmp_path / "other"),))}
+    with pytest.raises(ArtifactError, match="needs the same tokenizer"):
+        run_ppo(make_job(tmp_path / "run", given, gold=str(tmp_path / "other")))
+
+
+def test_with_adapters_the_reference_is_the_base_unless_it_is_another_model(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    """In round 2 the policy starts from the first round's: the reference is a model of its own."""
+    policy = load_causal_lm(inputs["model"])
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1.05)
+    save_model(policy, load_tokenizer(inputs["model"]), tmp_path / "second")
+    second = {
+        **inputs,
+        "model": replace(inputs["model"], path=tmp_path / "second", digest="sha256:7"),
+    }
+    for given, frozen, name in ((inputs, 1, "one"), (second, 2, "two")):
+        _, out = run_ppo(make_job(tmp_path / name, given, lora=LORA, updates=1))
+        assert out.derived["frozen_models"] == frozen
+    first_kl = rows_of(tmp_path / "one")[0]["validation_kl"]
+    assert first_kl == pytest.approx(0, abs=1e-5)
+    assert abs(rows_of(tmp_path / "two")[0]["validation_kl"]) > 1e-3
