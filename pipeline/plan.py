@@ -32,7 +32,7 @@ STAGES: dict[str, Stage] = {
         Stage("sample", "stages.sample", 2, "samples", ("model", "sample")),
         Stage("rank", "labeling_ui.rank", 1, "rankings", ("rank",)),
         Stage("reward", "stages.reward", 2, "reward_model", ("model", "reward")),
-        Stage("ppo", "stages.ppo", 3, "policy", ("model", "sample", "ppo")),
+        Stage("ppo", "stages.ppo", 4, "policy", ("model", "pretrain", "sample", "ppo")),
         Stage("dpo", "stages.dpo", 1, "policy", ("model", "dpo")),
         Stage("grpo", "stages.grpo", 1, "policy", ("model", "sample", "grpo")),
         Stage("rloo", "stages.rloo", 1, "policy", ("model", "sample", "rloo")),

@@ -23,7 +23,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.rollout import Sequences, over_responses, response_logprobs
+from stages.rollout import Sequences, in_full, over_responses, response_logprobs
 
 # parameters of the critic's adapter inside a PeftModel
 _OF_VALUE = re.compile(r"\.lora_\w+\.value\.")
@@ -85,7 +85,7 @@ class ValuePass(nn.Module):
     def values(self, batch: Sequences) -> Tensor:
         """The value of the state before each response token, `[B, R]`, float32."""
         hidden_BTH = self.backbone(input_ids=batch.tokens_BT, use_cache=False).last_hidden_state
-        values_N = self.head(hidden_BTH[batch.predicts_BT]).squeeze(-1).float()
+        values_N = in_full(self.head, hidden_BTH[batch.predicts_BT])
         return batch.spread((values_N - self.mean) / self.std)
 
 
@@ -105,7 +105,7 @@ class SharedPass(PolicyPass):
     def forward(self, batch: Sequences, ptx: Sequences | None = None) -> TokenOutputs:
         with _input_of_head(self.policy) as seen:
             logprobs_BR, entropy_BR = self.logprobs(batch)
-        values_BR = batch.spread(self.head(seen[0]).squeeze(-1).float())
+        values_BR = batch.spread(in_full(self.head, seen[0]))
         return TokenOutputs(logprobs_BR, entropy_BR, values_BR, self.ptx_logprobs(ptx))
 
 
@@ -191,6 +191,8 @@ class Agent:
     critic: ValuePass | None
     value_head: nn.Linear | None
     temperature: float
+    from_zero: bool
+    """The critic says 0 until it is trained."""
 
     def policy_parameters(self) -> dict[str, nn.Parameter]:
         """The trainable parameters of the policy by name; a tied one appears once."""
@@ -229,9 +231,10 @@ class Agent:
         def values(b: Sequences) -> Tensor:
             if self.critic is not None:
                 return self.critic.values(b)
-            found = self.passes[0](b).values_BR
-            assert found is not None
-            return found
+            assert self.value_head is not None
+            with _input_of_head(self.policy) as seen:
+                response_logprobs(self.policy, b, self.temperature)
+            return b.spread(in_full(self.value_head, seen[0]))
 
         return over_responses(values, batch, rows_at_once)
 
@@ -243,7 +246,7 @@ def separate(
     entropy_gradient: bool = False,
 ) -> Agent:
     passes = [critic, PolicyPass(policy, temperature, entropy_gradient)]
-    return Agent("separate", policy, passes, critic, None, temperature)
+    return Agent("separate", policy, passes, critic, None, temperature, from_zero=False)
 
 
 def shared(
@@ -251,7 +254,7 @@ def shared(
 ) -> Agent:
     head = zero_head(policy)
     passes: list[nn.Module] = [SharedPass(policy, head, temperature, entropy_gradient)]
-    return Agent("shared", policy, passes, None, head, temperature)
+    return Agent("shared", policy, passes, None, head, temperature, from_zero=True)
 
 
 def lora(
@@ -265,7 +268,8 @@ def lora(
     """policy has an adapter `value` beside its own one; head reads the hidden state under it."""
     critic = ValuePass(AdapterBackbone(policy, "value"), head, mean, std)
     passes: list[nn.Module] = [LoraPass(policy, critic, temperature, entropy_gradient)]
-    return Agent("lora", policy, passes, critic, None, temperature)
+    from_zero = not bool(head.weight.any())
+    return Agent("lora", policy, passes, critic, None, temperature, from_zero)
 
 
 def zero_head(policy: nn.Module) -> nn.Linear:

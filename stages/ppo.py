@@ -100,7 +100,7 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     ptx = None
     if "ptx" in inputs:
         ptx = PtxRows(
-            inputs["ptx"], settings.ppo, settings.run.seed, models.tokenizer, accelerator, out
+            inputs["ptx"], settings, positions(agent.policy), models.tokenizer, accelerator, out
         )
     loop = _Loop(settings, models, (train, validation), ptx, accelerator, out)
     try:
@@ -139,11 +139,10 @@ class _Loop:
         )
         exact_div(self.minibatch_rows, out.world_size, "ppo.minibatch_rows")
         self.steps_per_update = ppo.epochs * self.num_minibatches
-        from_zero = self.agent.kind != "separate"
         self.warmup_updates = (
             ppo.value_warmup_updates
             if ppo.value_warmup_updates is not None
-            else min(10, ppo.updates // 10) * from_zero
+            else min(10, ppo.updates // 10) * self.agent.from_zero
         )
         self.policy_parameters = self.agent.policy_parameters()
         self.value_parameters = self.agent.value_parameters()
@@ -271,7 +270,8 @@ class _Loop:
             else sum(row[key] for row in rows) / len(rows)
             for key in rows[0]
         }
-        return {**found, "epochs_done": epoch + 1, "lr": self._lr(ppo.lr, self.warmup_updates, 0)}
+        lr = 0.0 if self.update < self.warmup_updates else self._lr(ppo.lr, self.warmup_updates, 0)
+        return {**found, "epochs_done": epoch + 1, "lr": lr}
 
     def _lr(self, peak: float, from_update: int, step: int) -> float:
         """Linear warm-up and decay over the optimiser steps of the updates `from_update` on."""
@@ -287,21 +287,24 @@ class _Loop:
         device, vocab_size = lengths_B.device, self.agent.policy.config.vocab_size
         num_valid = int(batch.response_tokens_B[torch.tensor(rows, device=device)].sum())
         own = rows[accelerator.process_index :: accelerator.num_processes]
-        parts = list(
-            in_micro_batches(lengths_B[own].tolist(), ppo.rows_per_rank, device, vocab_size)
-        )
+        rows_at_once = ppo.rows_per_rank
+        if self.ptx:
+            # text is shared out over the same micro-batches: enough of them for both
+            rows_at_once = min(rows_at_once, self.ptx.rollouts_at_once(len(own), vocab_size))
+        parts = list(in_micro_batches(lengths_B[own].tolist(), rows_at_once, device, vocab_size))
         train_policy = self.update >= self.warmup_updates
         passes = self.agent.passes if train_policy else self.agent.passes[:1]
         ptx_parts: list[Sequences | None] = [None] * len(parts)
         if self.ptx and train_policy:
             ptx_parts = self.ptx.split(self.update * self.steps_per_update + step, len(parts))
         sums: dict[str, Tensor] = {}
-        for number, (part, ptx) in enumerate(zip(parts, ptx_parts, strict=True)):
-            for module in passes:
-                with contextlib.ExitStack() as stack:
-                    if number < len(parts) - 1:
-                        # gradients are exchanged once, in the last micro-batch
-                        stack.enter_context(accelerator.no_sync(module))
+        # pass by pass, not part by part: ranks with different numbers of parts would otherwise issue
+        # the collectives of two passes in different orders, and wait for each other without end
+        for module in passes:
+            for number, (part, ptx) in enumerate(zip(parts, ptx_parts, strict=True)):
+                # gradients are exchanged once, in the last micro-batch
+                last = number == len(parts) - 1
+                with contextlib.nullcontext() if last else accelerator.no_sync(module):
                     picked = [own[i] for i in part]
                     outputs = module(batch.rows(picked), ptx)
                     loss, found = self._loss(outputs, experience, picked, num_valid, train_policy)
@@ -416,6 +419,7 @@ class _Loop:
             "validation_reward": row["score"] - penalty,
         }
         value = found["validation_reward"]
+        check_finite(update, "ppo", **row)
         if self.models.gold is not None:
             found["validation_gold"] = row["score/gold"]
             if self.ppo.keep_best_by == "gold":

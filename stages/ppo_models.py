@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch import nn
 
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, ConfigError
 from pipeline.job import Input, Inputs, Out
 from pipeline.settings import Settings
 from pipeline.settings.ppo import PpoSettings
@@ -31,9 +31,11 @@ from stages.models import (
     add_adapter,
     add_lora,
     backbone_and_head,
+    contract_of,
     load_causal_lm,
     load_reward_model,
     load_tokenizer,
+    positions,
 )
 from stages.rewards import RewardModel, Rewards, load_rules, normalisation
 
@@ -41,7 +43,7 @@ from stages.rewards import RewardModel, Rewards, load_rules, normalisation
 def load_models(settings: Settings, inputs: Inputs, accelerator: Accelerator, out: Out) -> Models:
     ppo, device = settings.ppo, accelerator.device
     tokenizer = load_tokenizer(inputs["model"])
-    torch.manual_seed(seed_for(settings.run.seed, "ppo", "adapters"))
+    torch.manual_seed(seed_for(settings.run.seed, "ppo", *_of_round(out), "adapters"))
     policy = add_lora(load_causal_lm(inputs["model"]), ppo.lora, "policy").to(device)
     kind = ppo.critic or ("lora" if ppo.lora.rank else "separate")
     on_base = kind == "lora" and _put_on_base(policy, inputs)
@@ -58,13 +60,16 @@ def load_models(settings: Settings, inputs: Inputs, accelerator: Accelerator, ou
         part.eval()
     agent.passes = [accelerator.prepare_model(part) for part in agent.passes]
     paths = inputs["reward_models"].sources if "reward_models" in inputs else ()
+    contract = contract_of(tokenizer, policy)
+    # by place, not by folder: those that we publish are all called `artifact`
     others = [
-        _user_reward_model(Path(path).name, path, weight, tokenizer, device)
-        for path, weight in zip(paths, ppo.reward_model_weights, strict=True)
+        _user_reward_model(f"reward_models[{i}]", path, weight, contract, ppo, out).to(device)
+        for i, (path, weight) in enumerate(zip(paths, ppo.reward_model_weights, strict=True))
     ]
     gold = None
     if "gold" in inputs:
-        gold = _user_reward_model("gold", inputs["gold"].sources[0], 0.0, tokenizer, device)
+        path = inputs["gold"].sources[0]
+        gold = _user_reward_model("gold", path, 0.0, contract, ppo, out).to(device)
     sampling = Sampling(
         eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
@@ -78,6 +83,11 @@ def load_models(settings: Settings, inputs: Inputs, accelerator: Accelerator, ou
     return Models(agent, engine, reference, rewards, gold, tokenizer)
 
 
+def _of_round(out: Out) -> tuple[int, ...]:
+    """What a seed is for, so that a second round draws other numbers and the first its old ones."""
+    return () if out.round == 1 else (out.round,)
+
+
 def _put_on_base(policy: PeftModel, inputs: Inputs) -> bool:
     """Put the reward model's adapter on the policy's base, frozen as `reward` and trained as `value`.
 
@@ -89,8 +99,13 @@ def _put_on_base(policy: PeftModel, inputs: Inputs) -> bool:
         add_adapter(policy, "value")
         return False
     trainable = [p for p in policy.parameters() if p.requires_grad]
-    policy.load_adapter(str(folder / FOLDER), adapter_name="reward", is_trainable=False)
-    policy.load_adapter(str(folder / FOLDER), adapter_name="value", is_trainable=True)
+    for name in ("reward", "value"):
+        loaded = policy.load_adapter(
+            str(folder / FOLDER), adapter_name=name, is_trainable=name == "value"
+        )
+        # peft only warns of names that it does not know
+        if [key for key in loaded.missing_keys if f".{name}." in key] or loaded.unexpected_keys:
+            raise ArtifactError(f"{folder}: its adapter does not fit the policy's base")
     for parameter in trainable:
         parameter.requires_grad_(True)
     return True
@@ -138,15 +153,34 @@ def _reward_model(
 
 
 def _user_reward_model(
-    name: str, path: str, weight: float, tokenizer: Any, device: torch.device
+    name: str, path: str, weight: float, contract: dict[str, Any], ppo: PpoSettings, out: Out
 ) -> RewardModel:
-    item = Input("reward_models", "", path=Path(path))
-    model = load_reward_model(item).to(device).eval().requires_grad_(False)
-    config = model.config
-    if config.vocab_size != len(tokenizer) or config.pad_token_id != tokenizer.pad_token_id:
-        raise ArtifactError(
-            f"ppo: the reward model {path} has {config.vocab_size} tokens and pads with"
-            f" {config.pad_token_id}; the policy has {len(tokenizer)} and {tokenizer.pad_token_id}",
-            "It reads the policy's token ids, so it needs the same tokenizer.",
+    """A reward model that settings name, checked against the policy's contract.
+
+    Raises:
+        ConfigError: not a folder here.
+        ArtifactError: no reward model, or one that reads other tokens or shorter texts.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ConfigError(
+            f"ppo.{name}: {path} is no folder",
+            "Give the artifact folder of a reward step (prefline status RUN --json shows it).",
         )
-    return RewardModel(name, weight, *backbone_and_head(model), *normalisation(Path(path)))
+    item = Input(name, "", path=folder)
+    model = load_reward_model(item).eval().requires_grad_(False)
+    other = contract_of(load_tokenizer(item), model)
+    for key in ("tokenizer", "bos_id", "eos_id", "pad_id"):
+        if other[key] != contract[key]:
+            raise ArtifactError(
+                f"ppo.{name}: {path} has another {key} than the policy: {other[key]} and"
+                f" {contract[key]}",
+                "It reads the policy's token ids, so it needs the same tokenizer.",
+            )
+    limit, needed = positions(model), ppo.max_response_tokens + 2
+    if limit is not None and limit < needed:
+        raise ArtifactError(f"ppo.{name}: {path} reads {limit} tokens, less than a response takes")
+    stated = normalisation(folder)
+    if stated is None:
+        out.say(f"ppo.{name}: {path} has no reward.json; its scores are taken as they are")
+    return RewardModel(name, weight, *backbone_and_head(model), *(stated or (0.0, 1.0)))

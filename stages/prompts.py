@@ -82,7 +82,8 @@ def longest_prompt(
     Raises:
         ConfigError: a response alone may take all of it.
     """
-    left = max_prompt_tokens if positions is None else positions - max_response_tokens
+    # one more: the reward model reads an end token behind a response that was cut
+    left = max_prompt_tokens if positions is None else positions - max_response_tokens - 1
     if left < 1:
         raise ConfigError(
             f"{out.step}: max_response_tokens {max_response_tokens} leaves no room for a prompt in"

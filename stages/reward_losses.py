@@ -118,13 +118,13 @@ def centering_penalty(scores_K: Tensor) -> Tensor:
     return (scores_K[i_Q] + scores_K[j_Q]).square().mean(0)
 
 
-def off_prompt_loss(scores_K: Tensor, borrowed: Tensor) -> Tensor:
-    """Mean of -log sigmoid(s_i - borrowed): each response against one to another prompt.
+def off_prompt_loss(on_prompt: Tensor, off_prompt: Tensor) -> Tensor:
+    """-log sigmoid(on - off) of one response behind its own prompt and behind another one.
 
     Rankings compare responses to the same prompt, which are mostly alike in how they fit it, so a
-    small model can learn to score without reading the prompt. It cannot tell these apart without.
+    small model can learn to score without reading the prompt. Here all but the fit is equal.
     """
-    return -logsigmoid(scores_K - borrowed).mean(0)
+    return -logsigmoid(on_prompt - off_prompt)
 
 
 def correct_pairs(scores_K: Tensor, ranks_K: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ from stages.reward_losses import (
 from stages.rollout import in_micro_batches
 from stages.shared_prefix import GroupScorer, PromptGroup
 
-# rankings that a response to another prompt is drawn from; of few, the closest is not close
+# prompts that another one is chosen from; of few, the closest is not close
 _CANDIDATES = 32
 
 
@@ -98,7 +98,7 @@ def train_reward_model(
         row = _gradients(
             scorer,
             [rankings[i] for i in order],
-            others.borrow(order, step) if settings.off_prompt else [[] for _ in order],
+            others.groups(order, step) if settings.off_prompt else [],
             weights_NH[order],
             settings,
             accelerator,
@@ -145,25 +145,24 @@ def ranking_loss(scores_KH: Tensor, ranking: EncodedRanking, settings: RewardSet
 def _gradients(
     scorer: nn.Module,
     batch: list[EncodedRanking],
-    borrowed: list[list[list[int]]],
+    off_prompt: list[PromptGroup],
     weights_BH: Tensor,
     settings: RewardSettings,
     accelerator: Accelerator,
 ) -> Metrics:
     """Gradients of one optimiser step over the rankings of all ranks, and their metrics.
 
-    batch: the rankings of all ranks; borrowed: for each the responses to another prompt that it
-    must beat; weights_BH: what each counts for each head.
+    batch: the rankings of all ranks; off_prompt: for each, where asked for, its best response behind
+    another prompt; weights_BH: what each counts for each head.
     """
     world, rank = accelerator.num_processes, accelerator.process_index
     own = list(range(rank, len(batch), world))
     plain: GroupScorer = accelerator.unwrap_model(scorer)
+    swapped = {i for i, group in enumerate(off_prompt) if group.responses}
     most = -(-len(own) // settings.accumulation_steps)
-    groups_B = [
-        PromptGroup(ranking.group.prompt, ranking.group.responses + other)
-        for ranking, other in zip(batch, borrowed, strict=True)
+    costs = [
+        plain.cost(batch[i].group) + (plain.cost(off_prompt[i]) if i in swapped else 0) for i in own
     ]
-    costs = [plain.cost(groups_B[i]) for i in own]
     parts = [[own[i] for i in index] for index in in_micro_batches(costs, most, accelerator.device)]
     # a rank without rankings still takes part in the gradient's all-reduce
     parts = parts or [[]]
@@ -172,18 +171,18 @@ def _gradients(
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
         with accelerator.autocast(), _sync(scorer, accelerator, last):
-            groups = [groups_B[i] for i in part] or [nothing]
+            others = [i for i in part if i in swapped]
+            groups = [batch[i].group for i in part] + [off_prompt[i] for i in others] or [nothing]
             scores_NH = scorer(groups)
-            sizes = [len(group.responses) for group in groups]
+            parts_KH = scores_NH.split([len(group.responses) for group in groups])
+            off_H = dict(zip(others, (x_1H[0] for x_1H in parts_KH[len(part) :]), strict=False))
             loss = scores_NH.sum() * 0.0
             # zip is short for a rank without rankings
-            for i, scores_KH in zip(part, scores_NH.split(sizes), strict=False):
-                scores_KH, off_JH = scores_KH.split(
-                    [len(scores_KH) - len(borrowed[i]), len(borrowed[i])]
-                )
+            for i, scores_KH in zip(part, parts_KH, strict=False):
                 losses_H = ranking_loss(scores_KH, batch[i], settings)
-                for off_H in off_JH:
-                    losses_H = losses_H + settings.off_prompt * off_prompt_loss(scores_KH, off_H)
+                if i in off_H:
+                    on_H = scores_KH[best_response(batch[i])]
+                    losses_H = losses_H + settings.off_prompt * off_prompt_loss(on_H, off_H[i])
                 loss = loss + (losses_H * weights_BH[i].to(losses_H)).mean() / len(batch)
                 for ranks, _ in batch[i].votes:
                     ranks_K = torch.tensor(ranks, device=scores_KH.device)
@@ -196,7 +195,7 @@ def _gradients(
 
 
 class OtherPrompts:
-    """For each ranking of a step a response to another prompt, one that is easy to mistake for it.
+    """For each ranking of a step another prompt, one that is easy to mistake for its own.
 
     longest: tokens that the model can read.
     """
@@ -205,26 +204,34 @@ class OtherPrompts:
         self._rankings, self._longest, self._seed = rankings, longest, seed
         self._words = [frozenset(ranking.group.prompt) for ranking in rankings]
 
-    def borrow(self, own: list[int], step: int) -> list[list[list[int]]]:
-        """One response each; none where no candidate fits behind the prompt."""
+    def groups(self, own: list[int], step: int) -> list[PromptGroup]:
+        """Each ranking's best response behind another prompt; without responses where none fits."""
         rng = generator(self._seed, "reward", "off_prompt", step)
         drawn_BC = torch.randint(len(self._rankings), (len(own), _CANDIDATES), generator=rng)
         return [self._closest(i, row) for i, row in zip(own, drawn_BC.tolist(), strict=True)]
 
-    def _closest(self, i: int, candidates: list[int]) -> list[list[int]]:
-        """Of the candidates the one whose prompt shares most words with that of ranking i."""
-        group, best, found = self._rankings[i].group, -1.0, []
+    def _closest(self, i: int, candidates: list[int]) -> PromptGroup:
+        """Of the candidates' prompts the one that shares most words with that of ranking i."""
+        ranking = self._rankings[i]
+        response = ranking.group.responses[best_response(ranking)]
+        found, most = PromptGroup(ranking.group.prompt, []), -1.0
         for j in candidates:
-            other = self._rankings[j].group
-            response = other.responses[j % len(other.responses)]
-            if other.prompt == group.prompt:
-                continue
-            if len(group.prompt) + len(response) > self._longest:
+            prompt = self._rankings[j].group.prompt
+            if prompt == ranking.group.prompt or len(prompt) + len(response) > self._longest:
                 continue
             shared = len(self._words[i] & self._words[j]) / len(self._words[i] | self._words[j])
-            if shared > best:
-                best, found = shared, [response]
+            if shared > most:
+                found, most = PromptGroup(prompt, [response]), shared
         return found
+
+
+def best_response(ranking: EncodedRanking) -> int:
+    """The response that is ranked first by most weight; the first of several."""
+    points = [
+        sum(vote.weight for vote in ranking.votes if vote.ranks[k] == min(vote.ranks))
+        for k in range(len(ranking.group.responses))
+    ]
+    return points.index(max(points))
 
 
 def _sync(

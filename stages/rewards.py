@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.errors import ConfigError, StageError
+from pipeline.errors import ArtifactError, ConfigError, StageError
 from pipeline.settings.ppo import PpoSettings
 from stages.chat import decode_response
 from stages.rollout import score_rows
@@ -40,6 +40,11 @@ class RewardModel:
     head: nn.Module
     mean: float
     std: float
+
+    def to(self, device: torch.device) -> RewardModel:
+        self.backbone.to(device)
+        self.head.to(device)
+        return self
 
 
 @dataclass
@@ -97,19 +102,29 @@ def load_rules(weights: dict[str, float]) -> dict[str, tuple[Rule, float]]:
     Raises:
         ConfigError: no installed package declares one of them, or it cannot be imported.
     """
-    declared = {point.name: point for point in entry_points(group=GROUP)}
     rules: dict[str, tuple[Rule, float]] = {}
+    points = entry_points(group=GROUP)
     for name, weight in weights.items():
-        if name not in declared:
+        declared = [point for point in points if point.name == name]
+        if not declared:
+            known = ", ".join(sorted({point.name for point in points})) or "none"
             raise ConfigError(
                 f"ppo.rules: no installed package declares the rule {name!r}",
-                f"Known: {', '.join(sorted(declared)) or 'none'}. A package declares one under the"
-                f" entry-point group {GROUP!r}.",
+                f"Known: {known}. A package declares one under the entry-point group {GROUP!r}.",
+            )
+        if len({point.value for point in declared}) > 1:
+            raise ConfigError(
+                f"ppo.rules: several packages declare {name!r}:"
+                f" {', '.join(sorted(point.value for point in declared))}"
             )
         try:
-            rule = declared[name].load()
-        except (ImportError, AttributeError) as error:
-            raise ConfigError(f"ppo.rules: {name!r} cannot be imported: {error}") from None
+            rule = declared[0].load()
+        except Exception as error:  # noqa: BLE001 - another person's module: anything may come out of it
+            raise ConfigError(
+                f"ppo.rules: {name!r} cannot be imported: {type(error).__name__}: {error}"
+            ) from None
+        if not callable(rule):
+            raise ConfigError(f"ppo.rules: {name!r} ({declared[0].value}) is not a function")
         rules[name] = (rule, weight)
     return rules
 
@@ -127,10 +142,22 @@ def _apply(name: str, rule: Rule, messages: list[dict[str, Any]], response: str)
     return value
 
 
-def normalisation(folder: Path) -> tuple[float, float]:
-    """(mean, std) that a reward model's folder states in reward.json; (0, 1) where it states none."""
+def normalisation(folder: Path) -> tuple[float, float] | None:
+    """(mean, std) that a reward model's folder states in reward.json; None where it states none.
+
+    Raises:
+        ArtifactError: it states something else than two numbers, the second above 0.
+    """
     path = folder / "reward.json"
     if not path.exists():
-        return 0.0, 1.0
-    values = json.loads(path.read_text(encoding="utf-8"))
-    return float(values["score_mean"]), float(values["score_std"])
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        mean, std = float(values["score_mean"]), float(values["score_std"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{path}: no score_mean and score_std: {type(error).__name__}"
+        ) from None
+    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+        raise ArtifactError(f"{path}: score_mean {mean} and score_std {std} normalise nothing")
+    return mean, std

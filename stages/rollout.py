@@ -122,20 +122,31 @@ def last_token_scores(
     # by length: a sampled pad token is a token like any other
     last_B = torch.tensor([len(row) - 1 for row in rows], device=device)
     hidden_BTH = backbone(input_ids=tokens_BT, use_cache=False).last_hidden_state
-    scores_B: Tensor = head(hidden_BTH[torch.arange(len(rows), device=device), last_B])
-    return scores_B.squeeze(-1).float()
+    return in_full(head, hidden_BTH[torch.arange(len(rows), device=device), last_B])
+
+
+def in_full(head: nn.Module, hidden_NH: Tensor) -> Tensor:
+    """A scalar head in float32 whatever the autocast, `[N]` or, of several heads, `[N, heads]`.
+
+    Rounded to bf16, scores with a mean of 8 and a spread of 1 would have some thirty values.
+    """
+    with torch.autocast(hidden_NH.device.type, enabled=False):
+        found_N: Tensor = head(hidden_NH.float())
+    return found_N.squeeze(-1)
 
 
 def in_micro_batches(
     lengths: list[int], rows_at_once: int, device: torch.device, vocab_size: int = 1
 ) -> Iterator[list[int]]:
-    """Row positions in batches of similar length, sized for the device.
+    """Row positions in batches of similar length, sized for the device."""
+    yield from micro_batches(lengths, rows_at_once, tokens_at_once(device, vocab_size))
 
-    vocab_size: of logits that each token may cost; they stay below 2^27 numbers a batch.
-    """
+
+def tokens_at_once(device: torch.device, vocab_size: int = 1) -> int:
+    """Padded tokens of a micro-batch; the logits of vocab_size for each stay below 2^27 numbers."""
     # measured: short batches win on a CPU, which gains nothing from wide ones
-    max_tokens = 512 if device.type == "cpu" else 16384
-    yield from micro_batches(lengths, rows_at_once, min(max_tokens, max(1, 2**27 // vocab_size)))
+    most = 512 if device.type == "cpu" else 16384
+    return min(most, max(1, 2**27 // vocab_size))
 
 
 def score_all(

@@ -88,7 +88,8 @@ class PpoSettings(Strict):
     gold: DataSources | None = unhashed(None)
     """A reward model that is watched on validation prompts and never optimised."""
     keep_best_by: Literal["reward", "gold"] = "reward"
-    """The published policy: best by validation score minus KL penalty, of the reward or of ppo.gold."""
+    """The published policy: best by validation score minus KL penalty, of the reward with all its penalties,
+    or of ppo.gold alone."""
     ptx_coef: float = Field(0.0, ge=0)
     """Weight of the pretraining loss mixed into each step (InstructGPT, arXiv 2203.02155, eq. 2: 27.8)."""
     ptx_data: DataSources | None = unhashed(None)
@@ -98,7 +99,8 @@ class PpoSettings(Strict):
     ptx_tokens: int = Field(128, ge=8)
     """Tokens of such a row."""
     value_warmup_updates: int | None = Field(None, ge=0)
-    """First updates that train the critic only; null is 10 for one that starts from zero, else 0."""
+    """First updates that train the critic only; null is 10, or a tenth of the updates where that is less, for
+    a critic that starts from zero, else 0 (NeMo RL's example: 10)."""
     lora: LoraSettings = LoraSettings()
     """Low-rank adapters for the policy instead of full fine-tuning."""
     eval_every_updates: int = Field(10, ge=1)
@@ -115,6 +117,24 @@ class PpoSettings(Strict):
                 "lora.dropout must be 0 in ppo: dropout would change the probability ratio of an"
                 " unchanged policy"
             )
+        if self.value_warmup_updates is not None and self.value_warmup_updates >= self.updates:
+            raise ValueError(
+                f"value_warmup_updates {self.value_warmup_updates} leaves none of the"
+                f" {self.updates} updates to the policy"
+            )
+        if self.kl_control == "adaptive" and self.kl_coef == 0:
+            raise ValueError(
+                "kl_control: adaptive multiplies kl_coef, which is 0: it would stay so"
+            )
+        if self.reward_weight == 0 and not self.reward_models and not self.rules:
+            raise ValueError("reward_weight: 0 leaves no reward; add reward_models or rules")
+        taken = {"reward_model", "gold", *(f"reward_models[{i}]" for i in range(64))} & set(
+            self.rules
+        )
+        if taken:
+            raise ValueError(
+                f"rules: {', '.join(sorted(taken))} names a reward model in the metrics"
+            )
         if self.critic == "lora" and self.lora.rank == 0:
             raise ValueError("critic: lora needs adapters: set lora.rank, for instance to 8")
         if self.rollout.engine == "vllm" and self.temperature > 2:
@@ -126,7 +146,7 @@ class PpoSettings(Strict):
             )
         if len(self.gold or ()) > 1:
             raise ValueError("gold: one reward model, not several")
-        if self.keep_best_by == "gold" and self.gold is None:
+        if self.keep_best_by == "gold" and not self.gold:
             raise ValueError("keep_best_by: gold needs ppo.gold, a reward model of its own")
         if self.minibatch_rows and self.prompts_per_step % self.minibatch_rows:
             raise ValueError(

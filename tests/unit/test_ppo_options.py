@@ -13,6 +13,7 @@ from pipeline import worker
 from pipeline.errors import ArtifactError, DataError, Stopped
 from pipeline.job import Input, Inputs
 from stages import ppo_models
+from stages import tokenizer as tokenizer_stage
 from stages.models import load_causal_lm, load_reward_model, load_tokenizer, save_model
 from tests.tiny_ppo import make_inputs, make_job, rows_of, run_ppo
 
@@ -128,7 +129,7 @@ def test_the_score_is_the_weighted_sum_less_the_penalties(
             continue
         expected = (
             0.5 * row["score/reward_model"]
-            + 2.0 * row["score/reward"]
+            + 2.0 * row["score/reward_models[0]"]
             + 0.25 * row["score/long"]
             - 0.125 * row["response_tokens"]
             - 3.0 * (1 - row["eos_rate"])
@@ -158,14 +159,39 @@ def test_gold_decides_what_is_kept_where_it_is_asked_to(inputs: Inputs, tmp_path
     assert kept["gold"]["best_update"] != kept["reward"]["best_update"]
 
 
-def test_a_reward_model_with_another_vocabulary_is_refused(inputs: Inputs, tmp_path: Path) -> None:
+def test_a_reward_model_with_another_tokenizer_is_refused(inputs: Inputs, tmp_path: Path) -> None:
+    """Of the same size, and with the same special ids."""
     source = inputs["reward_model"]
-    model = load_reward_model(source)
-    model.resize_token_embeddings(model.config.vocab_size + 1)
-    save_model(model, load_tokenizer(source), tmp_path / "other")
+    own = load_tokenizer(source)
+    other = tokenizer_stage.train(iter(["four five six seven"] * 9), 300, 2)
+    assert other.pad_token_id == own.pad_token_id
+    save_model(load_reward_model(source), other, tmp_path / "other")
     given = {**inputs, "gold": Input("gold", "", sources=(str(tmp_path / "other"),))}
-    with pytest.raises(ArtifactError, match="needs the same tokenizer"):
+    with pytest.raises(ArtifactError, match="another tokenizer than the policy"):
         run_ppo(make_job(tmp_path / "run", given, gold=str(tmp_path / "other")))
+
+
+@pytest.mark.parametrize(
+    "stated",
+    ["{", "{}", '{"score_mean": 0, "score_std": 0}', '{"score_mean": "a", "score_std": 1}'],
+)
+def test_a_broken_normalisation_is_named(inputs: Inputs, tmp_path: Path, stated: str) -> None:
+    source = inputs["reward_model"]
+    save_model(load_reward_model(source), load_tokenizer(source), tmp_path / "gold")
+    (tmp_path / "gold" / "reward.json").write_text(stated)
+    given = {**inputs, "gold": Input("gold", "", sources=(str(tmp_path / "gold"),))}
+    with pytest.raises(ArtifactError, match=r"reward\.json"):
+        run_ppo(make_job(tmp_path / "run", given, gold=str(tmp_path / "gold")))
+
+
+def test_two_reward_models_of_the_same_name_both_count(inputs: Inputs, tmp_path: Path) -> None:
+    path = str(inputs["reward_model"].path)
+    given = {**inputs, "reward_models": Input("reward_models", "", sources=(path, path))}
+    changes = {"reward_models": [path, path], "reward_model_weights": [2.0, 3.0], "updates": 1}
+    run_ppo(make_job(tmp_path, given, reward_weight=1.0, missing_eos_penalty=0.0, **changes))
+    row = rows_of(tmp_path)[1]
+    parts = [row[f"score/{n}"] for n in ("reward_model", "reward_models[0]", "reward_models[1]")]
+    assert row["score"] == pytest.approx(parts[0] + 2 * parts[1] + 3 * parts[2], abs=1e-5)
 
 
 def test_with_adapters_the_reference_is_the_base_unless_it_is_another_model(

@@ -48,7 +48,7 @@ def test_a_prompt_leaves_room_for_the_response(
     assert longest_prompt(64, 128, 512, out) == 64
     assert longest_prompt(64, 128, None, out) == 64
     assert capsys.readouterr().err == ""
-    assert longest_prompt(256, 128, 192, out) == 64
-    assert "at most 64 tokens: the model can read 192" in capsys.readouterr().err
+    assert longest_prompt(256, 128, 192, out) == 63
+    assert "at most 63 tokens: the model can read 192" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="leaves no room for a prompt in the 100 tokens"):
         longest_prompt(256, 128, 100, out)

@@ -170,10 +170,7 @@ def test_correct_pairs_count_equal_scores_half_and_ties_not_at_all() -> None:
     assert correct_pairs(scores, ranks).tolist() == [2.5, 5.0]
 
 
-def test_each_response_is_held_against_one_to_another_prompt() -> None:
-    scores_K, borrowed = torch.tensor([1.0, -0.5]), torch.tensor(0.25)
-    expected = (math.log1p(math.exp(-0.75)) + math.log1p(math.exp(0.75))) / 2
-    assert off_prompt_loss(scores_K, borrowed).item() == pytest.approx(expected, abs=1e-6)
-    heads_KH = torch.stack([scores_K, scores_K + 1], dim=1)
-    both_H = off_prompt_loss(heads_KH, torch.tensor([0.25, 1.25]))
-    assert both_H.tolist() == pytest.approx([expected, expected], abs=1e-6)
+def test_a_response_is_held_against_itself_behind_another_prompt() -> None:
+    on_H, off_H = torch.tensor([1.0, -0.5]), torch.tensor([0.25, 0.25])
+    expected = [math.log1p(math.exp(-0.75)), math.log1p(math.exp(0.75))]
+    assert off_prompt_loss(on_H, off_H).tolist() == pytest.approx(expected, abs=1e-6)

@@ -27,7 +27,12 @@ from stages.reward_heads import (
 )
 from stages.reward_losses import pairwise_loss
 from stages.reward_measures import bootstrap_ratio, measure, pair_disagreement
-from stages.reward_training import OtherPrompts, ranking_loss, ranking_weights
+from stages.reward_training import (
+    OtherPrompts,
+    best_response,
+    ranking_loss,
+    ranking_weights,
+)
 from stages.rollout import last_token_scores, score_all
 from stages.shared_prefix import GroupScorer, PromptGroup, score_groups
 
@@ -263,18 +268,33 @@ def test_micro_batches_cover_every_row_once_and_respect_both_limits() -> None:
     assert micro_batches([500], max_rows=4, max_tokens=100) == [[0]]
 
 
-def test_a_response_is_borrowed_from_the_most_similar_other_prompt_that_fits() -> None:
+def test_the_best_response_stands_behind_the_most_similar_other_prompt_that_fits() -> None:
     def of(prompt: list[int], *responses: list[int]) -> EncodedRanking:
-        return EncodedRanking(PromptGroup(prompt, list(responses)), [Vote([1, 2])], str(prompt))
+        return EncodedRanking(PromptGroup(prompt, list(responses)), [Vote([2, 1])], str(prompt))
 
     rankings = [
-        of([1, 5, 6], [10, 2]),
-        of([1, 5, 6], [11, 2]),  # the same prompt is no other prompt
-        of([1, 5, 7], [12, 2]),
-        of([1, 8, 9], [13, 14, 15, 2]),
+        of([1, 5, 6], [10, 2], [11, 2]),
+        of([1, 5, 6], [12, 2], [13, 2]),  # the same prompt is no other prompt
+        of([1, 5, 7, 7], [14, 2], [15, 2]),
+        of([1, 8, 9], [16, 2], [17, 2]),
     ]
+    others = OtherPrompts(rankings, 6, seed=0)
+    assert others._closest(0, [1, 2, 3]) == PromptGroup([1, 5, 7, 7], [[11, 2]])
+    # too long with that prompt
+    assert OtherPrompts(rankings, 5, seed=0)._closest(0, [1, 2, 3]) == PromptGroup(
+        [1, 8, 9], [[11, 2]]
+    )
+    assert others._closest(0, [0, 1]).responses == []
     # 32 draws from 4 rankings hold each of them
-    others = OtherPrompts(rankings, 9, seed=0)
-    assert others.borrow([0, 1], step=0) == others.borrow([0, 1], step=1) == [[[12, 2]], [[12, 2]]]
-    assert OtherPrompts(rankings[2:], 6, seed=0).borrow([0, 1], 0) == [[], [[12, 2]]]
-    assert OtherPrompts(rankings[:2], 9, seed=0).borrow([0, 1], 0) == [[], []]
+    assert [group.prompt for group in others.groups([0, 1, 2], step=3)] == [
+        [1, 5, 7, 7],
+        [1, 5, 7, 7],
+        [1, 5, 6],
+    ]
+
+
+def test_the_best_response_is_the_one_that_most_weight_ranks_first() -> None:
+    group = PromptGroup([1], [[10, 2], [11, 2], [12, 2]])
+    votes = [Vote([1, 2, 3], 1.0), Vote([2, 1, 1], 0.75), Vote([2, 3, 1], 0.5)]
+    assert best_response(EncodedRanking(group, votes, "p")) == 2
+    assert best_response(EncodedRanking(group, votes[:1], "p")) == 0

@@ -13,7 +13,9 @@ from pipeline.errors import ConfigError, StageError
 from pipeline.settings.ppo import PpoSettings
 from stages import rewards
 from stages.models import backbone_and_head
-from stages.rewards import RewardModel, Rewards, load_rules
+from stages.rewards import GROUP, RewardModel, Rewards, load_rules
+
+assert GROUP  # something that is not a function, under a name of this module
 
 
 def count_words(messages: list[dict[str, Any]], response: str) -> float:
@@ -32,7 +34,7 @@ def not_a_number(messages: list[dict[str, Any]], response: str) -> float:
 def declared(monkeypatch: pytest.MonkeyPatch) -> None:
     points = EntryPoints(
         EntryPoint(name, f"{__name__}:{name}", rewards.GROUP)
-        for name in ("count_words", "fails", "not_a_number", "missing")
+        for name in ("count_words", "fails", "not_a_number", "missing", "GROUP")
     )
     monkeypatch.setattr(rewards, "entry_points", lambda group: points.select(group=group))
     monkeypatch.setattr(rewards, "decode_response", lambda tokenizer, ids: "w " * len(ids))
@@ -87,6 +89,7 @@ def test_a_reward_model_is_normalised_then_clipped() -> None:
     [
         ("unheard_of", ConfigError, "no installed package declares the rule 'unheard_of'"),
         ("missing", ConfigError, "'missing' cannot be imported"),
+        ("GROUP", ConfigError, "is not a function"),
         ("fails", StageError, "the rule 'fails' failed on the response"),
         ("not_a_number", StageError, "gave nan"),
     ],
