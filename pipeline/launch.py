@@ -100,6 +100,8 @@ def environment(settings: LaunchSettings | None = None) -> dict[str, str]:
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HOME), env.get("PYTHONPATH")]))
     env["OMP_WAIT_POLICY"] = "PASSIVE"
     env["TOKENIZERS_PARALLELISM"] = "false"
+    # bars of libraries between our own lines; the reader of GGUF files asks nobody else
+    env["TQDM_DISABLE"] = "1"
     env["GRADIO_ANALYTICS_ENABLED"] = "False"
     env["HF_HUB_DISABLE_TELEMETRY"] = "1"
     if settings and settings.threads:
