@@ -31,7 +31,7 @@ STAGES: dict[str, Stage] = {
         Stage("sft", "stages.sft", 2, "model", ("model", "sft")),
         Stage("sample", "stages.sample", 2, "samples", ("model", "sample")),
         Stage("rank", "labeling_ui.rank", 1, "rankings", ("rank",)),
-        Stage("reward", "stages.reward", 2, "reward_model", ("model", "reward")),
+        Stage("reward", "stages.reward", 3, "reward_model", ("model", "reward")),
         Stage("ppo", "stages.ppo", 4, "policy", ("model", "pretrain", "sample", "ppo")),
         Stage("dpo", "stages.dpo", 1, "policy", ("model", "dpo")),
         Stage("grpo", "stages.grpo", 1, "policy", ("model", "sample", "grpo")),

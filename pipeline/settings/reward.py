@@ -41,8 +41,8 @@ class RewardSettings(Strict):
     accumulation_steps: int = Field(1, ge=1)
     """Least number of micro-batches into which a rank divides its rankings."""
     share_prefix: bool = True
-    """Read a prompt once for all its responses, where the model can (tried at the start): the same numbers
-    up to rounding in about half the time."""
+    """Read a prompt once for all its responses, where that saves enough and the model can (tried at the
+    start): the same numbers up to rounding, with long prompts in about half the time."""
     max_length: int = Field(1024, ge=8)
     """Longest prompt plus response in tokens; longer responses are left out of a ranking and counted."""
     lr: float = Field(1e-4, gt=0)

@@ -164,3 +164,12 @@ def test_a_fallback_is_said(tmp_path: Path) -> None:
     assert decide_sharing(False, bloom, ragged(4), PAD, out) is False
     assert len(said) == 1
     assert decide_sharing(True, classifier("llama", **LLAMA), ragged(4), PAD, out) is True
+
+
+def test_short_prompts_are_read_again_because_that_is_faster() -> None:
+    out: Any = SimpleNamespace(say=print, derived={})
+    model = classifier("llama", **LLAMA)
+    # 4 x 20 + 4 x 20 tokens apart, 20 + 4 x 20 together: 1.6; with a prompt of 8 it is 1.27
+    responses = [[3] * 20] * 4
+    assert decide_sharing(True, model, [PromptGroup([4] * 20, responses)], PAD, out) is True
+    assert decide_sharing(True, model, [PromptGroup([4] * 8, responses)], PAD, out) is False
