@@ -361,12 +361,14 @@ def test_the_precision_that_was_asked_for_is_that_of_the_training_forward(
     inputs_of: Callable[[str], Inputs], tmp_path: Path, kind: str, precision: str
 ) -> None:
     computed: Counter[torch.dtype] = Counter()
+    scalar: Counter[torch.dtype] = Counter()
     kept: Counter[torch.dtype] = Counter()
 
     def forward(module: nn.Module, _: Any, output: Any) -> None:
         # the matrices of the blocks; GPT-2 has a class of its own for them
         if torch.is_grad_enabled() and type(module).__name__ in ("Linear", "Conv1D"):
-            computed[output.dtype] += 1
+            # the critic's one number for each token stays in full
+            (scalar if output.shape[-1] == 1 else computed)[output.dtype] += 1
 
     def look(parameters: list[Tensor]) -> None:
         kept.update(p.dtype for p in parameters)
@@ -381,6 +383,7 @@ def test_the_precision_that_was_asked_for_is_that_of_the_training_forward(
         handle.remove()
     wanted = torch.bfloat16 if precision == "bf16" else torch.float32
     assert set(computed) == {wanted}
+    assert set(scalar) == {torch.float32}
     # master weights and gradients stay as they are, after rollouts too
     assert set(kept) == {torch.float32}
     weights = load_file(tmp_path / "run" / "artifact.tmp" / "model.safetensors")
