@@ -132,6 +132,13 @@ class Out:
         )
         self.say(f"step {step}  {shown}")
 
+    def sample(self, step: int, **row: Any) -> None:
+        """One text that the model wrote, with its prompt, as a row of samples.jsonl."""
+        if self.rank != 0:
+            return
+        with self._samples.open("a", encoding="utf-8") as file:
+            file.write(canonical_json({"step": step, **row}) + "\n")
+
     def rewind(self, step: int | None) -> None:
         """Forget the metric rows and sample texts after `step` (None: all): that work is done again."""
         for path in (self._metrics, self._samples):

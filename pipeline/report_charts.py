@@ -27,15 +27,7 @@ def training_charts(step: StepView) -> list[Markup]:
 
 def _language_model(name: str, rows: Sequence[Row]) -> list[Markup | None]:
     return [
-        chart(
-            f"{name}: loss",
-            "nats per token",
-            "step",
-            [
-                Series("training", smooth(points(rows, "loss")), "blue"),
-                Series("held-out", points(rows, "heldout_loss"), "orange", "dotted"),
-            ],
-        ),
+        _beside_heldout(rows, "loss", "heldout_loss", f"{name}: loss", "nats per token"),
         _one(
             rows,
             "heldout_bits_per_byte",
@@ -56,46 +48,30 @@ def _reward(name: str, rows: Sequence[Row]) -> list[Markup | None]:
             "step",
             [Series("training", smooth(points(rows, "loss")), "blue")],
         ),
-        chart(
-            f"{name}: accuracy",
-            "of pairs; a coin has 0.5",
-            "step",
-            [
-                Series("training", smooth(points(rows, "accuracy")), "blue"),
-                Series("held-out", points(rows, "heldout_accuracy"), "orange", "dotted"),
-            ],
+        _beside_heldout(
+            rows, "accuracy", "heldout_accuracy", f"{name}: accuracy", "of pairs; a coin has 0.5"
         ),
     ]
 
 
 def _dpo(name: str, rows: Sequence[Row]) -> list[Markup | None]:
     return [
-        chart(
-            f"{name}: loss",
-            "nats per pair; a coin has 0.69",
-            "step",
-            [
-                Series("training", smooth(points(rows, "loss")), "blue"),
-                Series("held-out", points(rows, "heldout_loss"), "orange", "dotted"),
-            ],
+        _beside_heldout(
+            rows, "loss", "heldout_loss", f"{name}: loss", "nats per pair; a coin has 0.69"
         ),
-        chart(
+        _beside_heldout(
+            rows,
+            "rewards/accuracies",
+            "heldout_accuracy",
             f"{name}: accuracy",
             "of pairs; a coin has 0.5",
-            "step",
-            [
-                Series("training", smooth(points(rows, "rewards/accuracies")), "blue"),
-                Series("held-out", points(rows, "heldout_accuracy"), "orange", "dotted"),
-            ],
         ),
-        chart(
+        _beside_heldout(
+            rows,
+            "rewards/margins",
+            "heldout_margin",
             f"{name}: margin",
             "implicit reward, chosen \u2212 rejected",
-            "step",
-            [
-                Series("training", smooth(points(rows, "rewards/margins")), "blue"),
-                Series("held-out", points(rows, "heldout_margin"), "orange", "dotted"),
-            ],
         ),
         chart(
             f"{name}: implicit reward",
@@ -108,6 +84,21 @@ def _dpo(name: str, rows: Sequence[Row]) -> list[Markup | None]:
         ),
         _one(rows, "entropy", f"{name}: entropy", "nats per token", "step"),
     ]
+
+
+def _beside_heldout(
+    rows: Sequence[Row], key: str, heldout_key: str, title: str, unit: str
+) -> Markup | None:
+    """The same measure in training and on held-out data."""
+    return chart(
+        title,
+        unit,
+        "step",
+        [
+            Series("training", smooth(points(rows, key)), "blue"),
+            Series("held-out", points(rows, heldout_key), "orange", "dotted"),
+        ],
+    )
 
 
 def _against_reward(rows: Sequence[Row], metrics: Row) -> list[Markup | None]:

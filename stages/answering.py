@@ -22,7 +22,7 @@ from stages.chat import decode_response, encode_prompt
 from stages.common import gather_list, num_parameters, own_share, seed_for
 from stages.generation import Generated, generate
 from stages.prompts import PromptIds
-from stages.rollout import score_all
+from stages.rollout import rows_to_score, score_all
 
 Rows = list[dict[str, Any]]
 
@@ -84,12 +84,11 @@ def best_of_n(
             for k in range(n)
         ]
         generated = _sample(settings, model, tokenizer, several, seeds)
-        end = [tokenizer.eos_token_id]
-        ids = [
-            # the reward model was trained on responses that all have an end token
-            prompt.ids + g.tokens + ([] if g.ended else end)
-            for prompt, g in zip(several, generated, strict=True)
-        ]
+        ids, _ = rows_to_score(
+            [prompt.ids for prompt in several],
+            [g.tokens for g in generated],
+            tokenizer.eos_token_id,
+        )
         scores = score_all(
             reward_model,
             ids,

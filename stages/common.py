@@ -74,6 +74,11 @@ def seed_for(run_seed: int, *purpose: Any) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
+def later_round(round: int) -> tuple[int, ...]:
+    """A part of a purpose, so that each round draws numbers of its own and the first has no name."""
+    return () if round == 1 else (round,)
+
+
 def generator(run_seed: int, *purpose: Any) -> torch.Generator:
     """A CPU generator seeded by `seed_for`."""
     return torch.Generator().manual_seed(seed_for(run_seed, *purpose))

@@ -23,7 +23,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.rollout import Sequences, in_full, over_responses, response_logprobs
+from stages.rollout import Sequences, all_logprobs, in_full, over_responses, response_logprobs
 
 # parameters of the critic's adapter inside a PeftModel
 _OF_VALUE = re.compile(r"\.lora_\w+\.value\.")
@@ -218,12 +218,7 @@ class Agent:
 
     def logprobs(self, batch: Sequences, rows_at_once: int) -> Tensor:
         """Logprobs of the responses under the policy, `[B, R]`, without a gradient."""
-        return over_responses(
-            lambda b: response_logprobs(self.policy, b, self.temperature)[0],
-            batch,
-            rows_at_once,
-            self.policy.config.vocab_size,
-        )
+        return all_logprobs(self.policy, batch, self.temperature, rows_at_once)
 
     def values(self, batch: Sequences, rows_at_once: int) -> Tensor:
         """Values of the states before the response tokens, `[B, R]`, without a gradient."""

@@ -52,7 +52,7 @@ from stages.prompts import PromptIds, encode_prompts, load_prompts, longest_prom
 from stages.ranked_data import encode_rankings, encode_to_train_on, longest_row
 from stages.reward_measures import measure
 from stages.reward_training import train_reward_model
-from stages.rollout import make_sequences, over_responses, response_logprobs, score_all
+from stages.rollout import all_logprobs, make_sequences, score_all
 from stages.shared_prefix import decide_sharing
 
 BEST_OF_N = "best_of_n"
@@ -159,9 +159,7 @@ def _kl(
         [p.ids for p in prompts], said.tokens, tokenizer.pad_token_id, accelerator.device
     )
     with torch.no_grad():
-        ref_BR = over_responses(
-            lambda b: response_logprobs(reference, b, settings.evaluate.temperature)[0], batch
-        )
+        ref_BR = all_logprobs(reference, batch, settings.evaluate.temperature)
     valid_BR = batch.valid_BR
     ref = float(torch.where(valid_BR, ref_BR, 0.0).double().sum())
     own = sum(math.fsum(row) for row in said.logprobs)
@@ -219,9 +217,7 @@ def _perplexity(
         tokenizer.pad_token_id,
         accelerator.device,
     )
-    logprobs_BR = over_responses(
-        lambda b: response_logprobs(model, b, 1.0)[0], batch, rows_at_once=16
-    )
+    logprobs_BR = all_logprobs(model, batch, 1.0, rows_at_once=16)
     mean = torch.where(batch.valid_BR, logprobs_BR, 0.0).double().sum() / batch.valid_BR.sum()
     return math.exp(-float(mean))
 

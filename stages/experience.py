@@ -25,7 +25,7 @@ from stages.engines import Engine
 from stages.generation import Generated
 from stages.prompts import PromptIds
 from stages.rewards import RewardModel, Rewards
-from stages.rollout import Sequences, make_sequences, over_responses, response_logprobs
+from stages.rollout import Sequences, all_logprobs, make_sequences, rows_to_score
 
 
 @dataclass
@@ -153,10 +153,7 @@ def _score(
         if all(g.values for g in generated)
         else _rows_of(agent.values(batch, ppo.rows_per_rank), batch)
     )
-    # the reward model was trained on responses that all have an end token; that a response was cut is
-    # the penalty's business
-    end = [tokenizer.eos_token_id]
-    rows = [p + g.tokens + ([] if g.ended else end) for p, g in zip(ids, generated, strict=True)]
+    rows, is_cut = rows_to_score(ids, responses, tokenizer.eos_token_id)
     rewards = models.rewards
     if with_gold and models.gold:
         rewards = Rewards([*rewards.models, models.gold], rewards.rules)
@@ -165,8 +162,7 @@ def _score(
     scores_B = torch.zeros(len(rows), device=device)
     for name, weight in rewards.weights.items():
         scores_B = scores_B + weight * parts_B[name]
-    is_cut_B = torch.tensor([not g.ended for g in generated], device=device)
-    scores_B = scores_B - ppo.missing_eos_penalty * is_cut_B
+    scores_B = scores_B - ppo.missing_eos_penalty * torch.tensor(is_cut, device=device)
     scores_B = scores_B - ppo.length_penalty * batch.response_tokens_B
     return [
         _Row(
@@ -187,12 +183,7 @@ def _ref_logprobs(models: Models, batch: Sequences, ppo: PpoSettings) -> Tensor:
     if model is None:
         assert isinstance(policy, PeftModel)
     with nullcontext() if model is not None else active(policy, None):
-        return over_responses(
-            lambda b: response_logprobs(model or policy, b, ppo.temperature)[0],
-            batch,
-            ppo.rows_per_rank,
-            policy.config.vocab_size,
-        )
+        return all_logprobs(model or policy, batch, ppo.temperature, ppo.rows_per_rank)
 
 
 def _rows_of(x_BR: Tensor, batch: Sequences) -> list[list[float]]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,18 +24,24 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from trl.trainer.utils import add_fused_lm_head
 
 from pipeline.job import Inputs, Metrics, Out
-from pipeline.records import canonical_json
 from pipeline.settings import Settings
 from pipeline.settings.grpo import GrpoSettings
 from pipeline.settings.rloo import RlooSettings
 from stages.chat import decode_response
 from stages.checkpoints import Tensors, load_trainable, trainable_tensors
 from stages.common import epoch_order, gather_list, num_parameters, own_share, seed_for, start
-from stages.generation import generate
-from stages.models import add_lora, load_causal_lm, load_reward_model, load_tokenizer, positions
+from stages.engines import HfEngine, Sampling
+from stages.models import (
+    add_lora,
+    backbone_and_head,
+    load_causal_lm,
+    load_reward_model,
+    load_tokenizer,
+    positions,
+)
 from stages.prompts import PromptIds, encode_prompts, load_prompts, longest_prompt, of_split
-from stages.rollout import Sequences, make_sequences, over_responses, response_logprobs
-from stages.scoring import Scorer
+from stages.rewards import RewardModel
+from stages.rollout import all_logprobs, make_sequences, rows_to_score
 from stages.trl_checkpoints import LineCallback, Schedule
 from stages.trl_runs import make_config, publish, quiet, train
 
@@ -75,15 +80,13 @@ class OnlineRun:
         self.reference = load_causal_lm(inputs["reference"]).to(device).requires_grad_(False)
         reward = load_reward_model(inputs["reward_model"]).to(device).requires_grad_(False)
         contract = inputs["reward_model"].contract
-        self.scorer = Scorer(
-            reward,
-            self.tokenizer.eos_token_id,
-            self.tokenizer.pad_token_id,
+        self.reward_size = num_parameters(reward)
+        self.reward = RewardModel(
+            "reward_model",
+            1.0,
+            *backbone_and_head(reward),
             contract["score_mean"],
             contract["score_std"],
-            own.score_clip,
-            own.missing_eos_penalty,
-            own.rows_per_rank,
         )
         found = load_prompts(inputs["prompts"], settings, out)
         max_tokens = longest_prompt(
@@ -173,6 +176,14 @@ class OnlineRun:
         own, out = self.own, self.out
         self.trainer = trainer
         trainer.line = self
+        sampling = Sampling(
+            eos_id=self.tokenizer.eos_token_id,
+            pad_id=self.tokenizer.pad_token_id,
+            max_response_tokens=own.max_response_tokens,
+            temperature=own.temperature,
+            rows_at_once=own.rows_per_rank,
+        )
+        self.engine = HfEngine(self.policy, sampling, trainer.accelerator)
         quiet(trainer, out)
         if isinstance(self.policy, PeftModel) and "ref" in self.policy.peft_config:
             # a copy of the fresh adapters, for a reference that we give ourselves
@@ -205,7 +216,7 @@ class OnlineRun:
         self.out.cost["tokens"] += sum(n for _, n in counts)
         # decode, then training; reference and reward model read once
         per_token = (2 + 6 * self.own.epochs) * self.size
-        per_token += 2 * num_parameters(self.reference) + 2 * num_parameters(self.scorer.model)
+        per_token += 2 * num_parameters(self.reference) + 2 * self.reward_size
         self.out.cost["flops"] += float(per_token * sum(n for n, _ in counts))
         return responses
 
@@ -213,24 +224,18 @@ class OnlineRun:
         return seed_for(self.settings.run.seed, self.out.stage, self.out.round, *purpose)
 
     def _generate(self, prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
-        # bf16 does not make a CPU decode faster
-        on_cpu = self.accelerator.device.type == "cpu"
-        with torch.no_grad(), nullcontext() if on_cpu else self.trainer.accelerator.autocast():
-            generated = generate(
-                self.policy,
-                prompts,
-                seeds,
-                eos_id=self.tokenizer.eos_token_id,
-                pad_id=self.tokenizer.pad_token_id,
-                max_response_tokens=self.own.max_response_tokens,
-                temperature=self.own.temperature,
-                rows_at_once=self.own.rows_per_rank,
-            )
-        return [g.tokens for g in generated]
+        return [g.tokens for g in self.engine.generate(prompts, seeds)]
 
     def _scores(self, prompts: list[list[int]], responses: list[list[int]]) -> list[float]:
+        """The rewards of responses (token ids, with the end token where they ended)."""
+        own, device = self.own, self.accelerator.device
+        rows, is_cut = rows_to_score(prompts, responses, self.tokenizer.eos_token_id)
         with self.trainer.accelerator.autocast():
-            found: list[float] = self.scorer(prompts, responses).tolist()
+            scores_B = self.reward.scores(
+                rows, self.tokenizer.pad_token_id, device, own.score_clip, own.rows_per_rank
+            )
+        rewards_B = scores_B - own.missing_eos_penalty * torch.tensor(is_cut, device=device)
+        found: list[float] = rewards_B.tolist()
         return found
 
     @property
@@ -293,8 +298,7 @@ class OnlineRun:
         if reward > self.best_metrics["validation_reward"]:
             self.best = {k: v.detach().clone() for k, v in trainable_tensors(self.policy).items()}
             self.best_metrics = {"best_update": update, **found}
-        if self.out.rank == 0:
-            self._show(update, rows[:_SHOWN])
+        self._show(update, rows[:_SHOWN])
         return found
 
     def _kl(self, prompts: list[list[int]], responses: list[list[int]]) -> list[float]:
@@ -303,10 +307,7 @@ class OnlineRun:
         batch = make_sequences(prompts, responses, pad_id, device)
 
         def logprobs_under(model: nn.Module) -> Tensor:
-            def of(part: Sequences) -> Tensor:
-                return response_logprobs(model, part, self.own.temperature)[0]
-
-            return over_responses(of, batch, self.own.rows_per_rank)
+            return all_logprobs(model, batch, self.own.temperature, self.own.rows_per_rank)
 
         training = self.policy.training
         self.policy.eval()
@@ -317,11 +318,9 @@ class OnlineRun:
         return kl
 
     def _show(self, update: int, rows: list[tuple[list[int], float, float]]) -> None:
-        with (self.out.work / "samples.jsonl").open("a", encoding="utf-8") as file:
-            for prompt, (tokens, score, _) in zip(self.validation, rows, strict=False):
-                text = decode_response(self.tokenizer, tokens)
-                row = {"step": update, "prompt": prompt.prompt.text, "response": text}
-                file.write(canonical_json({**row, "score": score}) + "\n")
+        for prompt, (tokens, score, _) in zip(self.validation, rows, strict=False):
+            text = decode_response(self.tokenizer, tokens)
+            self.out.sample(update, prompt=prompt.prompt.text, response=text, score=score)
 
     def write(self, folder: Path) -> None:
         """Into a checkpoint: the best policy so far, and what it cost."""

@@ -19,11 +19,53 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from pipeline import worker
+from pipeline.errors import Stopped
+from pipeline.job import Input, Out
 from pipeline.records import canonical_json
-from stages.data import is_heldout
+from pipeline.settings.pretrain import PretrainSettings
+from stages.data import is_heldout, read_texts
 
 PARTS = ("train", "heldout")
 _DOCUMENTS_AT_ONCE = 256
+
+
+def pack_sources(
+    item: Input,
+    own: PretrainSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    key: str,
+    out: Out,
+) -> dict[str, int]:
+    """Tokenise a step's text into `folder`, once; by reason, how many documents were left out.
+
+    key: the setting that names the text. A resumed step finds the files, and the counts, again.
+
+    Raises:
+        DataError: more unusable rows than `pretrain.max_bad_fraction`.
+        Stopped: a signal came.
+    """
+    texts, tally = read_texts(item.sources, own.text_field, own.max_documents)
+    counts = folder / "dropped.json"
+
+    def checked() -> Iterator[str]:
+        for text in texts:
+            if worker.stop_requested():
+                raise Stopped(f"{out.step}: stopped by a signal while reading the text")
+            yield text
+        # before the files count as whole: a second start does not read the texts again
+        tally.check(key, own.max_bad_fraction)
+        counts.write_text(canonical_json(dict(tally.reasons)), encoding="utf-8")
+
+    done = pack_documents(checked(), tokenizer, folder, own.heldout_fraction, out.progress)
+    if done is not None:
+        out.say(f"text: {tally.summary()}")
+    # none where the text was packed before these counts were kept
+    dropped: dict[str, int] = (
+        json.loads(counts.read_text(encoding="utf-8")) if counts.exists() else {}
+    )
+    return dropped
 
 
 def pack_documents(

@@ -32,7 +32,6 @@ from torch import Tensor
 
 from pipeline import worker
 from pipeline.job import Inputs, Metrics, Out
-from pipeline.records import canonical_json
 from pipeline.settings import Settings
 from stages import ppo_math
 from stages.alarms import Alarms
@@ -431,18 +430,14 @@ class _Loop:
         return found
 
     def _show(self, update: int, rollout: Rollout, count: int = 3) -> None:
-        if self.out.rank != 0:
-            return
-        with (self.out.work / "samples.jsonl").open("a", encoding="utf-8") as file:
-            for i in range(min(count, len(self.validation))):
-                tokens = rollout.batch.rows([i]).responses_BR[0].tolist()
-                row = {
-                    "step": update,
-                    "prompt": self.validation[i].prompt.text,
-                    "response": decode_response(self.models.tokenizer, tokens),
-                    "score": rollout.scores_B[i].item(),
-                }
-                file.write(canonical_json(row) + "\n")
+        for i in range(min(count, len(self.validation))):
+            tokens = rollout.batch.rows([i]).responses_BR[0].tolist()
+            self.out.sample(
+                update,
+                prompt=self.validation[i].prompt.text,
+                response=decode_response(self.models.tokenizer, tokens),
+                score=rollout.scores_B[i].item(),
+            )
 
     def _save(self) -> None:
         self.checkpoints.save(

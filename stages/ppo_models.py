@@ -15,7 +15,7 @@ from pipeline.job import Input, Inputs, Out
 from pipeline.settings import Settings
 from pipeline.settings.ppo import PpoSettings
 from stages.adapters import FOLDER, adapter_base, load_head
-from stages.common import seed_for
+from stages.common import later_round, seed_for
 from stages.critics import (
     AdapterBackbone,
     Agent,
@@ -43,7 +43,7 @@ from stages.rewards import RewardModel, Rewards, load_rules, normalisation
 def load_models(settings: Settings, inputs: Inputs, accelerator: Accelerator, out: Out) -> Models:
     ppo, device = settings.ppo, accelerator.device
     tokenizer = load_tokenizer(inputs["model"])
-    torch.manual_seed(seed_for(settings.run.seed, "ppo", *_of_round(out), "adapters"))
+    torch.manual_seed(seed_for(settings.run.seed, "ppo", *later_round(out.round), "adapters"))
     policy = add_lora(load_causal_lm(inputs["model"]), ppo.lora, "policy").to(device)
     kind = ppo.critic or ("lora" if ppo.lora.rank else "separate")
     on_base = kind == "lora" and _put_on_base(policy, inputs)
@@ -81,11 +81,6 @@ def load_models(settings: Settings, inputs: Inputs, accelerator: Accelerator, ou
     engine = make_engine(ppo.rollout, policy, sampling, accelerator, folder, agent.value_head)
     rewards = Rewards([own, *others], load_rules(ppo.rules))
     return Models(agent, engine, reference, rewards, gold, tokenizer)
-
-
-def _of_round(out: Out) -> tuple[int, ...]:
-    """What a seed is for, so that a second round draws other numbers and the first its old ones."""
-    return () if out.round == 1 else (out.round,)
 
 
 def _put_on_base(policy: PeftModel, inputs: Inputs) -> bool:

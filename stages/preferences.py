@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.job import Metrics
 from pipeline.records import Ranking, Tally
 from stages.chat import encode_completion, encode_prompt
-from stages.rollout import make_sequences, over_responses, response_logprobs
+from stages.rollout import all_logprobs, make_sequences
 
 
 class Pair(NamedTuple):
@@ -77,7 +77,7 @@ def pair_logprobs(
     sums = []
     for responses in ([p.chosen for p in pairs], [p.rejected for p in pairs]):
         batch = make_sequences([p.prompt for p in pairs], responses, pad_id, device)
-        logprobs_NR = over_responses(lambda b: response_logprobs(model, b, 1.0)[0], batch)
+        logprobs_NR = all_logprobs(model, batch, 1.0)
         sums.append(torch.where(batch.valid_BR, logprobs_NR, 0.0).double().sum(-1).cpu())
     return sums[0], sums[1]
 

@@ -18,16 +18,14 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline import worker
-from pipeline.errors import ConfigError, DataError, Stopped
+from pipeline.errors import ConfigError, DataError
 from pipeline.job import Inputs, Metrics, Out
-from pipeline.records import canonical_json
 from pipeline.settings import Settings
 from pipeline.settings.pretrain import PretrainSettings
 from stages.chat import decode_response
@@ -53,7 +51,6 @@ from stages.common import (
     sum_over_ranks,
     warmup_cosine,
 )
-from stages.data import read_texts
 from stages.generation import generate
 from stages.models import (
     contract_of,
@@ -65,7 +62,7 @@ from stages.models import (
     save_model,
 )
 from stages.objectives import objective
-from stages.packing import PackedRows, pack_documents
+from stages.packing import PackedRows, pack_sources
 
 _SAMPLES = 2
 _SAMPLE_TOKENS = 80
@@ -133,20 +130,9 @@ def _packed(
     """Training and held-out rows; rank 0 tokenises once, a resumed run finds the files again."""
     folder = out.checkpoints / "tokens"
     if out.rank == 0:
-        texts, tally = read_texts(inputs["data"].sources, own.text_field, own.max_documents)
-
-        def checked() -> Iterator[str]:
-            for text in texts:
-                if worker.stop_requested():
-                    raise Stopped("pretrain: stopped by a signal while reading the text")
-                yield text
-            # before the files count as whole: a second start does not read the texts again
-            tally.check("pretrain.data", own.max_bad_fraction)
-
-        done = pack_documents(checked(), tokenizer, folder, own.heldout_fraction, out.progress)
-        if done is not None:
-            out.say(f"text: {tally.summary()}")
-            out.derived["documents_dropped"] = dict(tally.reasons)
+        out.derived["documents_dropped"] = pack_sources(
+            inputs["data"], own, tokenizer, folder, "pretrain.data", out
+        )
     accelerator.wait_for_everyone()
     parts = (
         PackedRows(folder, "train", own.sequence_length),
@@ -288,10 +274,9 @@ class Loop:
             max_response_tokens=min(_SAMPLE_TOKENS, self.own.sequence_length),
             temperature=0.8,
         )
-        with (self.out.work / "samples.jsonl").open("a", encoding="utf-8") as file:
-            for generated in found:
-                text = decode_response(self.tokenizer, generated.tokens)
-                file.write(canonical_json({"step": self.step, "prompt": "", "text": text}) + "\n")
+        for generated in found:
+            text = decode_response(self.tokenizer, generated.tokens)
+            self.out.sample(self.step, prompt="", text=text)
         self.out.say(f"it writes: {text[:200]!r}")
 
     def _save(self) -> None:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from pipeline import worker
-from pipeline.errors import ConfigError, DataError, Stopped
+from pipeline.errors import ConfigError, DataError
 from pipeline.job import Input, Out
 from pipeline.settings import Settings
-from stages.common import epoch_order, exact_div
-from stages.data import read_texts
-from stages.packing import PackedRows, pack_documents
+from stages.common import epoch_order, exact_div, later_round
+from stages.packing import PackedRows, pack_sources
 from stages.rollout import Sequences, make_sequences, tokens_at_once
 
 
@@ -42,7 +37,10 @@ class PtxRows:
             )
         folder = out.checkpoints / "ptx"
         if out.rank == 0:
-            self._pack(item, settings, tokenizer, out)
+            # pretraining's held-out part stays held out: the perplexity is measured on it
+            out.derived["ptx_documents_dropped"] = pack_sources(
+                item, settings.pretrain, tokenizer, folder, "ppo.ptx_data", out
+            )
         accelerator.wait_for_everyone()
         self.packed = PackedRows(folder, "train", ppo.ptx_tokens)
         if len(self.packed) == 0:
@@ -57,28 +55,6 @@ class PtxRows:
         self.accelerator = accelerator
         self.tokens_per_step = ppo.ptx_rows * (ppo.ptx_tokens - 1)
 
-    def _pack(
-        self, item: Input, settings: Settings, tokenizer: PreTrainedTokenizerBase, out: Out
-    ) -> None:
-        """Tokenise the text once; a resumed run finds the files, and the counts, again."""
-        own = settings.pretrain
-        folder, counts = out.checkpoints / "ptx", out.checkpoints / "ptx.json"
-        texts, tally = read_texts(item.sources, own.text_field, own.max_documents)
-
-        def checked() -> Iterator[str]:
-            for text in texts:
-                if worker.stop_requested():
-                    raise Stopped("ppo: stopped by a signal while reading the text to mix in")
-                yield text
-            tally.check("ppo.ptx_data", own.max_bad_fraction)
-
-        # pretraining's held-out part stays held out: the perplexity is measured on it
-        done = pack_documents(checked(), tokenizer, folder, own.heldout_fraction, out.progress)
-        if done is not None:
-            out.say(f"text to mix in: {tally.summary()}")
-            counts.write_text(json.dumps(dict(tally.reasons)), encoding="utf-8")
-        out.derived["ptx_documents_dropped"] = json.loads(counts.read_text(encoding="utf-8"))
-
     def rollouts_at_once(self, rollouts: int, vocab_size: int) -> int:
         """Rollouts of a micro-batch so that its share of the text is no larger than one itself."""
         device, ranks = self.accelerator.device, self.accelerator.num_processes
@@ -88,7 +64,7 @@ class PtxRows:
 
     def split(self, step: int, parts: int) -> list[Sequences | None]:
         """This rank's rows of a step, shared out over its micro-batches; None where none is left."""
-        purpose = ("ppo", "ptx") if self.round == 1 else ("ppo", "ptx", self.round)
+        purpose = ("ppo", "ptx", *later_round(self.round))
         order = epoch_order(len(self.packed), step * self.rows, self.rows, self.seed, *purpose)
         own = order[self.accelerator.process_index :: self.accelerator.num_processes]
         return [self._sequences(own[number::parts]) for number in range(parts)]

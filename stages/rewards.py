@@ -46,6 +46,18 @@ class RewardModel:
         self.head.to(device)
         return self
 
+    def scores(
+        self,
+        rows: list[list[int]],
+        pad_id: int,
+        device: torch.device,
+        clip: float,
+        rows_at_once: int,
+    ) -> Tensor:
+        """Scores `[B]` of rows (`rollout.rows_to_score`), normalised and clipped to +- clip."""
+        raw_B = score_rows(self.backbone, self.head, rows, pad_id, device, rows_at_once)
+        return ((raw_B - self.mean) / self.std).clamp(-clip, clip)
+
 
 @dataclass
 class Rewards:
@@ -70,16 +82,9 @@ class Rewards:
         """
         found: dict[str, Tensor] = {}
         for source in self.models:
-            raw_B = score_rows(
-                source.backbone,
-                source.head,
-                rows,
-                tokenizer.pad_token_id,
-                device,
-                ppo.rows_per_rank,
+            found[source.name] = source.scores(
+                rows, tokenizer.pad_token_id, device, ppo.score_clip, ppo.rows_per_rank
             )
-            normalised_B = (raw_B - source.mean) / source.std
-            found[source.name] = normalised_B.clamp(-ppo.score_clip, ppo.score_clip)
         texts = [decode_response(tokenizer, ids) for ids in responses] if self.rules else []
         for name, (rule, _) in self.rules.items():
             values = [

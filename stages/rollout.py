@@ -114,6 +114,22 @@ def response_logprobs(
     return batch.spread(logprobs_N), batch.spread(entropy_N)
 
 
+def rows_to_score(
+    prompts: list[list[int]], responses: list[list[int]], eos_id: int
+) -> tuple[list[list[int]], list[bool]]:
+    """Rows as a reward model reads them, and which responses were cut.
+
+    It was trained on responses that all have an end token, so those that were cut get one; that they
+    were is the business of a penalty.
+    """
+    is_cut = [response[-1] != eos_id for response in responses]
+    rows = [
+        prompt + response + [eos_id] * cut
+        for prompt, response, cut in zip(prompts, responses, is_cut, strict=True)
+    ]
+    return rows, is_cut
+
+
 def last_token_scores(
     backbone: nn.Module, head: nn.Module, rows: list[list[int]], pad_id: int, device: torch.device
 ) -> Tensor:
@@ -177,6 +193,18 @@ def score_rows(
             backbone, head, picked, pad_id, device
         )
     return scores_B
+
+
+def all_logprobs(
+    model: nn.Module, batch: Sequences, temperature: float, rows_at_once: int = 64
+) -> Tensor:
+    """`response_logprobs` of all rows, `[B, R]`, without a gradient, in batches of similar length."""
+    return over_responses(
+        lambda b: response_logprobs(model, b, temperature)[0],
+        batch,
+        rows_at_once,
+        model.config.vocab_size,  # type: ignore[union-attr, arg-type]
+    )
 
 
 @torch.no_grad()

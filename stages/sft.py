@@ -26,7 +26,7 @@ from trl import SFTConfig, SFTTrainer
 from pipeline import worker
 from pipeline.errors import ConfigError, DataError, StageError
 from pipeline.job import Inputs, Metrics, Out
-from pipeline.records import Message, Tally, canonical_json, content_id
+from pipeline.records import Message, Tally, content_id
 from pipeline.settings import Settings
 from stages.chat import TrainingRow, decode_response, encode_conversation, encode_prompt
 from stages.common import (
@@ -341,11 +341,9 @@ def _show(
         max_response_tokens=min(_SAMPLE_TOKENS, settings.sft.max_length),
         temperature=0.8,
     )
-    with (out.work / "samples.jsonl").open("a", encoding="utf-8") as file:
-        for prompt, generated in zip(prompts, found, strict=True):
-            text = decode_response(tokenizer, generated.tokens)
-            row = {"step": step, "prompt": prompt[-1]["content"], "text": text}
-            file.write(canonical_json(row) + "\n")
+    for prompt, generated in zip(prompts, found, strict=True):
+        text = decode_response(tokenizer, generated.tokens)
+        out.sample(step, prompt=prompt[-1]["content"], text=text)
 
 
 if __name__ == "__main__":

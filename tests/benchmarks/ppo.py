@@ -23,9 +23,7 @@ if __name__ == "__main__":
     # before transformers is imported
     peers.restart_with("trl==1.12.0")
 
-import torch
 from accelerate import Accelerator
-from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from pipeline.records import Prompt
 from pipeline.settings.ppo import PpoSettings
@@ -47,13 +45,6 @@ _PROMPTS = workload.prompts(_ROWS)
 _LENGTHS = workload.response_lengths(_ROWS)
 
 
-def scalar_llama(seed: int) -> LlamaForSequenceClassification:
-    torch.manual_seed(seed)
-    config = workload.small_llama().config.to_dict()
-    shape = {k: v for k, v in config.items() if k not in ("id2label", "label2id")}
-    return LlamaForSequenceClassification(LlamaConfig(**shape, num_labels=1)).eval()
-
-
 def make_loop(critic: str, precision: str = "no", **settings: Any) -> tuple[_Loop, Models]:
     """The loop of the ppo stage on random models, without prompts, files or validation."""
     accelerator = Accelerator(mixed_precision=precision, cpu=True)
@@ -71,11 +62,11 @@ def make_loop(critic: str, precision: str = "no", **settings: Any) -> tuple[_Loo
         }
     )
     policy = workload.small_llama()
-    reference, reward = workload.small_llama(), scalar_llama(1)
+    reference, reward = workload.small_llama(), workload.scalar_llama(1)
     if critic == "shared":
         agent = critics.shared(policy, ppo.temperature)
     else:
-        value = critics.ValuePass(*backbone_and_head(scalar_llama(2)))
+        value = critics.ValuePass(*backbone_and_head(workload.scalar_llama(2)))
         agent = critics.separate(policy, value, ppo.temperature)
     agent.passes = [accelerator.prepare_model(part) for part in agent.passes]
     sampling = Sampling(EOS, PAD, MAX_RESPONSE, ppo.temperature, ppo.rows_per_rank)

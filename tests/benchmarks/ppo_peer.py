@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from tests.benchmarks.workload import (
     EOS,
@@ -34,6 +33,7 @@ from tests.benchmarks.workload import (
     PrescribedLengths,
     prompts,
     response_lengths,
+    scalar_llama,
     small_llama,
 )
 
@@ -86,8 +86,8 @@ def make_peer(
         processing_class=SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS),
         model=policy,
         ref_model=reference,
-        reward_model=_scalar_llama(policy.config, seed=1),
-        value_model=_scalar_llama(policy.config, seed=2),
+        reward_model=scalar_llama(seed=1),
+        value_model=scalar_llama(seed=2),
         train_dataset=Dataset.from_dict({"input_ids": rows}),
         data_collator=_left_padded,
     )
@@ -131,12 +131,6 @@ def _prescribing(generate: Callable[..., Any], length_of: dict[tuple[int, ...], 
         return found
 
     return prescribed
-
-
-def _scalar_llama(config: LlamaConfig, seed: int) -> LlamaForSequenceClassification:
-    torch.manual_seed(seed)
-    shape = {k: v for k, v in config.to_dict().items() if k not in ("id2label", "label2id")}
-    return LlamaForSequenceClassification(LlamaConfig(**shape, num_labels=1))
 
 
 def _left_padded(items: list[dict[str, list[int]]]) -> dict[str, Tensor]:

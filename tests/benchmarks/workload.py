@@ -14,7 +14,12 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LogitsProcessor,
+)
 
 from stages import generation
 
@@ -39,6 +44,15 @@ def small_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     }
     ids = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
     return LlamaForCausalLM(LlamaConfig(**{**shape, **changes}, **ids)).eval()
+
+
+def scalar_llama(seed: int) -> LlamaForSequenceClassification:
+    """The same with a scalar head: a reward model or a critic."""
+    config = small_llama().config.to_dict()
+    shape = {k: v for k, v in config.items() if k not in ("id2label", "label2id")}
+    # small_llama seeds the generator as well
+    torch.manual_seed(seed)
+    return LlamaForSequenceClassification(LlamaConfig(**shape, num_labels=1)).eval()
 
 
 def response_lengths(count: int, longest: int = MAX_RESPONSE) -> list[int]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from pipeline.job import Input
 from pipeline.settings import LoraSettings
@@ -19,30 +19,16 @@ from stages.critics import Agent, ValuePass, active, lora, separate, shared, zer
 from stages.models import add_adapter, add_lora, backbone_and_head
 from stages.ppo_models import _make_agent, _put_on_base, _reward_model
 from stages.rollout import Sequences, make_sequences, response_logprobs, score_rows
+from tests.tiny_models import KINDS, tiny_config
 
 CPU = torch.device("cpu")
-_CONFIGS = {
-    "llama": {
-        "vocab_size": 31,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "pad_token_id": 0,
-    },
-    "gpt2": {"vocab_size": 31, "n_embd": 16, "n_layer": 2, "n_head": 2, "pad_token_id": 0},
-}
-_OFF = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "attention_dropout": 0.0}
 
 
-@pytest.fixture(params=["llama", "gpt2"])
+@pytest.fixture(params=KINDS)
 def config(request: pytest.FixtureRequest) -> Any:
     torch.manual_seed(1)
-    found = AutoConfig.for_model(request.param, **_CONFIGS[request.param], num_labels=1)
-    for key, value in _OFF.items():
-        if hasattr(found, key):
-            setattr(found, key, value)
+    found = tiny_config(request.param, vocab_size=31, width=16)
+    found.num_labels = 1
     return found
 
 

@@ -19,7 +19,7 @@ from pipeline.settings import Settings
 from stages import grpo, online_rl, rloo
 from stages.chat import encode_prompt
 from stages.models import load_causal_lm, load_reward_model, load_tokenizer
-from stages.scoring import Scorer
+from stages.online_rl import OnlineRun
 from tests.unit.tiny_policy import conversation, make_job, make_world, rows_of, weights_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -81,11 +81,11 @@ def test_the_reward_is_the_normalised_score_of_the_very_ids(
 
     def call(self, prompts, responses):
         found = scored(self, prompts, responses)
-        seen.append((prompts, responses, found.tolist()))
+        seen.append((prompts, responses, found))
         return found
 
-    scored = Scorer.__call__
-    monkeypatch.setattr(Scorer, "__call__", call)
+    scored = OnlineRun._scores
+    monkeypatch.setattr(OnlineRun, "_scores", call)
     own = {**OWN, "updates": 1, "score_clip": 0.4, "missing_eos_penalty": 0.25}
     _, out = run(make_job(stage, tmp_path / "run", world, **own))
     model = load_reward_model(Input("reward_model", "sha256:3", path=world["reward_model"]))

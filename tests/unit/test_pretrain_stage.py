@@ -13,10 +13,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from pipeline.errors import ConfigError, DataError
 from pipeline.job import Input, Job, Out
 from pipeline.settings import Settings
+from pipeline.settings.pretrain import PretrainSettings
 from stages import pretrain
 from stages import tokenizer as tokenizer_stage
 from stages.models import save_model
 from stages.objectives import document_positions
+from stages.packing import pack_sources
 
 END = 2
 
@@ -105,3 +107,16 @@ def test_a_model_that_cannot_keep_documents_apart_is_refused(
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_a_model_that_can_is_not(tmp_path: Path, architecture: str) -> None:
     start(tmp_path, bad_rows=0, architecture=architecture, sequence_length=32)
+
+
+def test_a_resumed_step_still_knows_what_was_left_out_of_its_text(tmp_path: Path) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "one two"}\n{"other": "three"}\n{"text": "four"}\n')
+    tokenizer = tokenizer_stage.train(iter(["one two three four"] * 9), 300, 2)
+    out = Out(Job("p", "p", "stages.pretrain", 1, "f" * 64, tmp_path, tmp_path, {}, {}, {}))
+    item = Input("data", "sha256:0", sources=(str(path),))
+    own = PretrainSettings(max_bad_fraction=0.5)
+    first = pack_sources(item, own, tokenizer, tmp_path / "tokens", "pretrain.data", out)
+    assert sum(first.values()) == 1
+    path.unlink()  # the files are there already: the text is not read again
+    assert pack_sources(item, own, tokenizer, tmp_path / "tokens", "pretrain.data", out) == first

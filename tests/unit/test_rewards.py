@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from pipeline.errors import ConfigError, StageError
 from pipeline.settings.ppo import PpoSettings
 from stages import rewards
 from stages.models import backbone_and_head
 from stages.rewards import GROUP, RewardModel, Rewards, load_rules
+from tests.tiny_models import tiny_reward_model
 
 assert GROUP  # something that is not a function, under a name of this module
 
@@ -62,18 +62,7 @@ def test_a_rule_sees_the_text_and_is_named_by_its_entry_point() -> None:
 
 
 def test_a_reward_model_is_normalised_then_clipped() -> None:
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=11,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_labels=1,
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(config).eval()
+    model = tiny_reward_model("llama", vocab_size=11, width=16, sharpness=1.0)
     with torch.no_grad():
         raw = [model(torch.tensor([row])).logits.item() for row in ([3, 4, 5], [3, 6, 7, 8])]
     plain = RewardModel("plain", 1.0, *backbone_and_head(model), mean=0.1, std=0.5)
