@@ -23,7 +23,9 @@ if __name__ == "__main__":
     # before transformers is imported
     peers.restart_with("trl==1.12.0")
 
+import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from pipeline.records import Prompt
 from pipeline.settings.ppo import PpoSettings
@@ -47,7 +49,11 @@ _LENGTHS = workload.response_lengths(_ROWS)
 
 def make_loop(critic: str, precision: str = "no", **settings: Any) -> tuple[_Loop, Models]:
     """The loop of the ppo stage on random models, without prompts, files or validation."""
-    accelerator = Accelerator(mixed_precision=precision, cpu=True)
+    AcceleratorState._reset_state()
+    accelerator: Any = Accelerator(mixed_precision=precision, cpu=True)
+    if precision == "bf16":
+        # the state behind an Accelerator is one for the process, and the peer's says fp32
+        accelerator.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
     # as common.start does
     use_attention_in_fp32(precision == "bf16")
     ppo = PpoSettings(
@@ -115,6 +121,8 @@ def ours(critic: str, precision: str) -> common.Step:
 def peer() -> common.Step:
     from tests.benchmarks.ppo_peer import make_peer
 
+    # TRL 1.12 asks for no precision of its own: it would take over the bf16 of our side
+    AcceleratorState._reset_state()
     return make_peer(_PROMPTS, _LENGTHS, _EPOCHS)
 
 
