@@ -88,7 +88,7 @@ def plan(settings: Settings) -> list[Step]:
     """The steps that this configuration asks for, each after everything it reads."""
     steps = _Steps()
     before_sft, sft = _model_steps(settings, steps)
-    if settings.sample.prompts or settings.rank.data:
+    if settings.has_rankings or settings.is_rewarded_otherwise:
         _rounds(settings, steps, before_sft, sft)
     return list(steps)
 
@@ -125,7 +125,10 @@ def _model_steps(settings: Settings, steps: _Steps) -> tuple[str | None, str | N
 
 
 def _rounds(settings: Settings, steps: _Steps, before_sft: str | None, sft: str | None) -> None:
-    """sample, rank, reward, the policy, evaluate, as often as asked for."""
+    """sample, rank, reward, the policy, evaluate, as often as asked for.
+
+    Without rankings only the policy, which rules or reward models of the user's then reward, and evaluate.
+    """
     add, base = steps.add, _base(settings)
     samples = first_samples = rankings = reward = None
     policy = sft
@@ -138,14 +141,15 @@ def _rounds(settings: Settings, steps: _Steps, before_sft: str | None, sft: str 
                 {"model": None if policy else base, "prompts": settings.sample.prompts},
             )
         first_samples = first_samples or samples
-        rankings = add(
-            "rank",
-            round,
-            {"samples": samples, "rankings": rankings},
-            {"data": settings.rank.data if round == 1 else None},
-        )
+        if settings.has_rankings:
+            rankings = add(
+                "rank",
+                round,
+                {"samples": samples, "rankings": rankings},
+                {"data": settings.rank.data if round == 1 else None},
+            )
         # dpo learns from the rankings themselves
-        if settings.run.policy != "dpo" or settings.evaluate.best_of:
+        if rankings and (settings.run.policy != "dpo" or settings.evaluate.best_of):
             reward = add(
                 "reward",
                 round,
@@ -156,6 +160,9 @@ def _rounds(settings: Settings, steps: _Steps, before_sft: str | None, sft: str 
             )
         inputs, sources = _policy_reads(settings, policy, sft, reward, samples, rankings)
         policy = add(settings.run.policy, round, inputs, sources)
+        judged_on = settings.evaluate.prompts
+        if not settings.has_rankings:
+            judged_on = judged_on or settings.ppo.prompts
         add(
             "evaluate",
             round,
@@ -165,12 +172,12 @@ def _rounds(settings: Settings, steps: _Steps, before_sft: str | None, sft: str 
                 "base": before_sft if before_sft != sft else None,
                 "rankings": rankings,
                 "reward_model": reward if settings.evaluate.best_of else None,
-                "prompts": None if settings.evaluate.prompts else samples or rankings,
+                "prompts": None if judged_on else samples or rankings,
             },
             {
                 "sft": None if sft else base,
                 "base": base if (before_sft is None and sft) else None,
-                "prompts": settings.evaluate.prompts,
+                "prompts": judged_on,
                 "text": settings.evaluate.text or settings.pretrain.data or settings.sft.data,
             },
         )
@@ -182,7 +189,7 @@ def _policy_reads(
     sft: str | None,
     reward: str | None,
     samples: str | None,
-    rankings: str,
+    rankings: str | None,
 ) -> tuple[dict[str, str | None], dict[str, tuple[str, ...] | None]]:
     """What the stage of run.policy reads: steps by role, and what the user gave by role."""
     base = _base(settings)

@@ -239,9 +239,10 @@ def separate(
     critic: ValuePass,
     temperature: float,
     entropy_gradient: bool = False,
+    from_zero: bool = False,
 ) -> Agent:
     passes = [critic, PolicyPass(policy, temperature, entropy_gradient)]
-    return Agent("separate", policy, passes, critic, None, temperature, from_zero=False)
+    return Agent("separate", policy, passes, critic, None, temperature, from_zero)
 
 
 def shared(

@@ -1,13 +1,13 @@
 """evaluate: policy against sft (and base) on prompts that no stage was trained on.
 
-Reads: `policy`, `sft`, `base` where there is one, `rankings`, `prompts`, `text`, and `reward_model`
-where evaluate.best_of asks for the best of n sft responses as a baseline.
+Reads: `policy`, `sft`, `base` where there is one, `rankings` where there are any, `prompts`, `text`,
+and `reward_model` where evaluate.best_of asks for the best of n sft responses as a baseline.
 Writes an `evaluation`: `evaluation.json` and `comparisons.jsonl` (the answers side by side).
 
     prefline evaluate RUN evaluate.max_prompts=500
 
-The judge is the demo's hidden rubric (evaluate.judge: rubric) or a second reward model: another seed,
-trained on the held-out rankings, which the first one never saw.
+The judge is a second reward model, of another seed and trained on the held-out rankings, which the
+first one never saw; or a Python function (evaluate.rule); or the demo's hidden rubric.
 
 Metrics (healthy range): win_rate_vs_sft with win_rate_low and win_rate_high (95 %, ties count one half;
 above 0.5 with its whole interval: the feedback worked), judge, judge_accuracy (a reward-model judge on
@@ -53,6 +53,7 @@ from stages.ranked_data import encode_rankings, encode_to_train_on, longest_row
 from stages.reward_measures import measure
 from stages.reward_training import train_reward_model
 from stages.rollout import all_logprobs, make_sequences, score_all
+from stages.rules import load_rule
 from stages.shared_prefix import decide_sharing
 
 BEST_OF_N = "best_of_n"
@@ -61,9 +62,9 @@ BEST_OF_N = "best_of_n"
 def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     accelerator = start(settings, out)
     tokenizer = load_tokenizer(inputs["policy"])
-    found = of_split(
-        load_prompts(inputs["prompts"], settings, out, unmarked="test"), "test", settings
-    )
+    # a file that is given for this is for this; of one that ppo trains on, the test split only
+    unmarked = "test" if settings.evaluate.prompts else None
+    found = of_split(load_prompts(inputs["prompts"], settings, out, unmarked), "test", settings)
     max_tokens = longest_prompt(
         settings.evaluate.max_prompt_tokens,
         settings.evaluate.max_response_tokens,
@@ -235,6 +236,18 @@ def _judge(
             ]
 
         return by_rubric, {"judge": "rubric"}
+    if settings.evaluate.judge == "rule":
+        assert settings.evaluate.rule is not None
+        rule = load_rule(settings.evaluate.rule, "evaluate.rule")
+        out.derived["rule"] = rule.origin
+
+        def by_rule(prompts: list[Prompt], responses: list[str]) -> list[float]:
+            return [
+                rule(list(prompt.messages), response)
+                for prompt, response in zip(prompts, responses, strict=True)
+            ]
+
+        return by_rule, {"judge": f"the rule {rule.name}"}
     return _second_reward_model(settings, inputs, accelerator, out)
 
 

@@ -37,7 +37,8 @@ from stages.models import (
     load_tokenizer,
     positions,
 )
-from stages.rewards import RewardModel, Rewards, load_rules, normalisation
+from stages.rewards import RewardModel, Rewards, normalisation
+from stages.rules import load_rule
 
 
 def load_models(settings: Settings, inputs: Inputs, accelerator: Accelerator, out: Out) -> Models:
@@ -46,15 +47,19 @@ def load_models(settings: Settings, inputs: Inputs, accelerator: Accelerator, ou
     torch.manual_seed(seed_for(settings.run.seed, "ppo", *later_round(out.round), "adapters"))
     policy = add_lora(load_causal_lm(inputs["model"]), ppo.lora, "policy").to(device)
     kind = ppo.critic or ("lora" if ppo.lora.rank else "separate")
-    on_base = kind == "lora" and _put_on_base(policy, inputs)
-    agent = _make_agent(kind, ppo, policy, inputs["reward_model"], on_base, device)
-    own = _reward_model(inputs["reward_model"], ppo.reward_weight, policy, on_base, device)
+    # none where rules or reward models of the user's alone reward
+    learned = inputs.get("reward_model")
+    on_base = kind == "lora" and _put_on_base(policy, inputs["model"], learned)
+    agent = _make_agent(kind, ppo, policy, inputs["model"], learned, on_base, device)
+    own = []
+    if learned is not None:
+        own = [_reward_model(learned, ppo.reward_weight, policy, on_base, device)]
     # adapters switched off give the reference, where that is what the policy started from
     is_base = ppo.lora.rank > 0 and inputs["reference"].digest == inputs["model"].digest
     reference = None
     if not is_base:
         reference = load_causal_lm(inputs["reference"]).to(device).eval().requires_grad_(False)
-    out.derived["frozen_models"] = (not is_base) + (not on_base)
+    out.derived["frozen_models"] = (not is_base) + (learned is not None and not on_base)
     # dropout would make the ratio of an unchanged policy differ from 1
     for part in agent.passes:
         part.eval()
@@ -79,18 +84,21 @@ def load_models(settings: Settings, inputs: Inputs, accelerator: Accelerator, ou
     )
     folder = out.checkpoints / "weights"
     engine = make_engine(ppo.rollout, policy, sampling, accelerator, folder, agent.value_head)
-    rewards = Rewards([own, *others], load_rules(ppo.rules))
+    rules = {name: (load_rule(name, "ppo.rules"), weight) for name, weight in ppo.rules.items()}
+    # a rule is code: its package and version say which, as digests do of data
+    out.derived["rules"] = {name: rule.origin for name, (rule, _) in rules.items()}
+    rewards = Rewards([*own, *others], rules)
     return Models(agent, engine, reference, rewards, gold, tokenizer)
 
 
-def _put_on_base(policy: PeftModel, inputs: Inputs) -> bool:
+def _put_on_base(policy: PeftModel, model: Input, reward_model: Input | None) -> bool:
     """Put the reward model's adapter on the policy's base, frozen as `reward` and trained as `value`.
 
-    False, and a fresh `value` instead, where it was trained without adapters or on another model.
+    False, and a fresh `value` instead, where there is none, or it was trained without adapters or on
+    another model.
     """
-    folder = inputs["reward_model"].path
-    assert folder is not None
-    if adapter_base(folder) != inputs["model"].digest:
+    folder = reward_model.path if reward_model else None
+    if folder is None or adapter_base(folder) != model.digest:
         add_adapter(policy, "value")
         return False
     trainable = [p for p in policy.parameters() if p.requires_grad]
@@ -110,20 +118,26 @@ def _make_agent(
     kind: str,
     ppo: PpoSettings,
     policy: Any,
-    reward_model: Input,
+    model: Input,
+    reward_model: Input | None,
     on_base: bool,
     device: torch.device,
 ) -> Agent:
     bonus = ppo.entropy_coef > 0
     if kind == "shared":
         return shared(policy, ppo.temperature, bonus)
-    mean, std = reward_model.contract["score_mean"], reward_model.contract["score_std"]
-    if kind == "lora" and on_base:
-        return lora(policy, _head(reward_model, device), ppo.temperature, mean, std, bonus)
-    if kind == "lora":
+    if kind == "lora" and not on_base:
         return lora(policy, zero_head(policy), ppo.temperature, entropy_gradient=bonus)
-    model = load_reward_model(reward_model).to(device)
-    return separate(policy, ValuePass(*backbone_and_head(model), mean, std), ppo.temperature, bonus)
+    if reward_model is None:
+        # nothing has learned to score yet: the policy's own features, and a head that says 0
+        critic = ValuePass(load_causal_lm(model).to(device).base_model, zero_head(policy))
+        return separate(policy, critic, ppo.temperature, bonus, from_zero=True)
+    mean, std = reward_model.contract["score_mean"], reward_model.contract["score_std"]
+    if kind == "lora":
+        return lora(policy, _head(reward_model, device), ppo.temperature, mean, std, bonus)
+    learned = load_reward_model(reward_model).to(device)
+    critic = ValuePass(*backbone_and_head(learned), mean, std)
+    return separate(policy, critic, ppo.temperature, bonus)
 
 
 def _head(reward_model: Input, device: torch.device) -> nn.Linear:

@@ -1,19 +1,10 @@
-"""What PPO optimises: a weighted sum of reward models and of rules, one number for each response.
-
-A rule is a Python function `rule(messages, response) -> float` that an installed package declares
-under the entry-point group `prefline.rewards`; settings name it, and never a file or a class:
-
-    [project.entry-points."prefline.rewards"]
-    no_urls = "my_package.rules:no_urls"
-"""
+"""What PPO optimises: a weighted sum of reward models and of rules, one number for each response."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.errors import ArtifactError, ConfigError, StageError
+from pipeline.errors import ArtifactError
 from pipeline.settings.ppo import PpoSettings
 from stages.chat import decode_response
 from stages.rollout import score_rows
-
-GROUP = "prefline.rewards"
-Rule = Callable[[list[dict[str, Any]], str], float]
+from stages.rules import Rule
 
 
 @dataclass
@@ -61,7 +50,7 @@ class RewardModel:
 
 @dataclass
 class Rewards:
-    """All sources. gold: a reward model that is watched and never optimised (weight 0)."""
+    """All sources with their weights; one of weight 0 is watched and not optimised."""
 
     models: list[RewardModel]
     rules: dict[str, tuple[Rule, float]]
@@ -87,10 +76,7 @@ class Rewards:
             )
         texts = [decode_response(tokenizer, ids) for ids in responses] if self.rules else []
         for name, (rule, _) in self.rules.items():
-            values = [
-                _apply(name, rule, prompt, text)
-                for prompt, text in zip(messages, texts, strict=True)
-            ]
+            values = [rule(prompt, text) for prompt, text in zip(messages, texts, strict=True)]
             found[name] = torch.tensor(values, device=device)
         return found
 
@@ -99,52 +85,6 @@ class Rewards:
         return {source.name: source.weight for source in self.models} | {
             name: weight for name, (_, weight) in self.rules.items()
         }
-
-
-def load_rules(weights: dict[str, float]) -> dict[str, tuple[Rule, float]]:
-    """The rules that settings name, with their weights.
-
-    Raises:
-        ConfigError: no installed package declares one of them, or it cannot be imported.
-    """
-    rules: dict[str, tuple[Rule, float]] = {}
-    points = entry_points(group=GROUP)
-    for name, weight in weights.items():
-        declared = [point for point in points if point.name == name]
-        if not declared:
-            known = ", ".join(sorted({point.name for point in points})) or "none"
-            raise ConfigError(
-                f"ppo.rules: no installed package declares the rule {name!r}",
-                f"Known: {known}. A package declares one under the entry-point group {GROUP!r}.",
-            )
-        if len({point.value for point in declared}) > 1:
-            raise ConfigError(
-                f"ppo.rules: several packages declare {name!r}:"
-                f" {', '.join(sorted(point.value for point in declared))}"
-            )
-        try:
-            rule = declared[0].load()
-        except Exception as error:  # noqa: BLE001 - another person's module: anything may come out of it
-            raise ConfigError(
-                f"ppo.rules: {name!r} cannot be imported: {type(error).__name__}: {error}"
-            ) from None
-        if not callable(rule):
-            raise ConfigError(f"ppo.rules: {name!r} ({declared[0].value}) is not a function")
-        rules[name] = (rule, weight)
-    return rules
-
-
-def _apply(name: str, rule: Rule, messages: list[dict[str, Any]], response: str) -> float:
-    try:
-        value = float(rule(messages, response))
-    except Exception as error:  # noqa: BLE001 - another person's code: anything may come out of it
-        raise StageError(
-            f"ppo: the rule {name!r} failed on the response {response[:80]!r}:"
-            f" {type(error).__name__}: {error}"
-        ) from None
-    if not math.isfinite(value):
-        raise StageError(f"ppo: the rule {name!r} gave {value} for {response[:80]!r}")
-    return value
 
 
 def normalisation(folder: Path) -> tuple[float, float] | None:

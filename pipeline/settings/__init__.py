@@ -83,6 +83,14 @@ class Settings(Strict):
                 "evaluate.judge: rubric knows the demo world's prompts only; use"
                 " evaluate.judge: reward_model"
             )
+        if self.is_rewarded_otherwise:
+            if self.evaluate.judge != "rule":
+                raise ValueError(
+                    "without rankings (sample.prompts or rank.data) nobody has told a judge what is good:"
+                    " set evaluate.judge: rule and evaluate.rule"
+                )
+            if self.evaluate.best_of:
+                raise ValueError("evaluate.best_of needs the reward step, and so rankings")
         if self.run.rounds > 1 and self.sample.prompts is None:
             raise ValueError("run.rounds above 1 needs sample.prompts to sample from")
         if self.ppo.ptx_coef > 0 and not (self.ppo.ptx_data or self.pretrain.data):
@@ -91,12 +99,23 @@ class Settings(Strict):
             )
         rows, parts, key = self._policy_rows()
         # the policy comes last: hours later would be too late to say so
-        if (self.sample.prompts or self.rank.data) and rows % parts:
+        if (self.has_rankings or self.is_rewarded_otherwise) and rows % parts:
             raise ValueError(
                 f"launch.processes {self.launch.processes} does not divide the {rows} rows of a"
                 f" minibatch of {self.run.policy} ({key})"
             )
         return self
+
+    @property
+    def has_rankings(self) -> bool:
+        """Whether responses are ranked, by people or before, and a reward model can learn from it."""
+        return bool(self.sample.prompts or self.rank.data)
+
+    @property
+    def is_rewarded_otherwise(self) -> bool:
+        """Whether ppo has prompts and a reward (rules, reward models of the user's) without rankings."""
+        alone = self.run.policy == "ppo" and self.ppo.reward_weight == 0
+        return alone and self.ppo.prompts is not None and not self.has_rankings
 
     def _policy_rows(self) -> tuple[int, int, str]:
         """Rows of one optimiser step of the policy's stage, into how many parts they are divided,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.config import Strict, unhashed
 from pipeline.settings.model import DataSources
@@ -17,8 +17,11 @@ class EvaluateSettings(Strict):
     """Held-out text for the perplexity; null uses the held-out part of pretrain.data or sft.data."""
     max_prompts: int = Field(300, ge=1)
     """Held-out prompts that are answered by each model."""
-    judge: Literal["rubric", "reward_model"] = "reward_model"
-    """rubric: the demo's hidden rubric. reward_model: a second one, trained on the held-out rankings."""
+    judge: Literal["rubric", "reward_model", "rule"] = "reward_model"
+    """rubric: the demo's hidden rubric. reward_model: a second one, trained on the held-out rankings.
+    rule: the Python function that evaluate.rule names."""
+    rule: str | None = None
+    """The judge's entry-point name (group prefline.rewards): a function of conversation and response."""
     best_of: int = Field(0, ge=0)
     """Also judge the best of this many sft responses by the reward model's score (arXiv 2009.01325):
     the baseline that needs no training; 0 is off."""
@@ -32,3 +35,9 @@ class EvaluateSettings(Strict):
     """Held-out documents for the perplexity."""
     rows_per_rank: int = unhashed(128, ge=1)
     """Responses that one process decodes or scores at once (memory, not result)."""
+
+    @model_validator(mode="after")
+    def _a_rule_has_a_name(self) -> EvaluateSettings:
+        if (self.judge == "rule") != (self.rule is not None):
+            raise ValueError("judge: rule and evaluate.rule belong together: give both or neither")
+        return self

@@ -78,7 +78,8 @@ class PpoSettings(Strict):
     length_penalty: float = Field(0.0, ge=0)
     """Subtracted from the score for each token of the response."""
     reward_weight: float = 1.0
-    """Weight of the reward step's own model in the score."""
+    """Weight of the reward step's own model in the score. With 0, ppo.prompts and no rankings there is no
+    reward step: ppo.rules and ppo.reward_models alone reward."""
     reward_models: DataSources | None = unhashed(None)
     """Further reward models: folders as the reward step publishes them."""
     reward_model_weights: tuple[float, ...] = ()

@@ -194,9 +194,9 @@ def test_one_base_carries_policy_critic_and_reward_model(
     contract = {"score_mean": 0.5, "score_std": 2.0}
     item = Input("reward_model", "", path=tmp_path, contract=contract)
     model = Input("model", "sha256:1")
-    assert _put_on_base(policy, {"model": model, "reward_model": item})  # type: ignore[arg-type]
+    assert _put_on_base(policy, model, item)
     source = _reward_model(item, 1.0, policy, True, torch.device("cpu"))
-    agent = _make_agent("lora", PpoSettings(), policy, item, True, torch.device("cpu"))
+    agent = _make_agent("lora", PpoSettings(), policy, model, item, True, CPU)
     found = score_rows(source.backbone, source.head, rows, 0, torch.device("cpu"))
     assert found.tolist() == pytest.approx(expected, abs=1e-5)
     # the critic begins as the reward model, on the scale of the scores
@@ -219,9 +219,6 @@ def test_an_adapter_of_another_model_is_not_used(config: Any, tmp_path: Path) ->
     )
     save_reward_adapter(reward, tmp_path, "sha256:other")  # type: ignore[arg-type]
     policy = add_lora(policy_of(config), LoraSettings(rank=2), "policy")
-    inputs = {
-        "model": Input("model", "sha256:1"),
-        "reward_model": Input("reward_model", "", path=tmp_path),
-    }
-    assert not _put_on_base(policy, inputs)  # type: ignore[arg-type]
+    item = Input("reward_model", "", path=tmp_path)
+    assert not _put_on_base(policy, Input("model", "sha256:1"), item)  # type: ignore[arg-type]
     assert sorted(policy.peft_config) == ["default", "value"]  # type: ignore[union-attr]

@@ -103,3 +103,25 @@ def test_the_way_to_a_policy_changes_no_other_step():
         shared = [name for name in other if name in ppo and name != "evaluate"]
         assert len(shared) >= 5
         assert [other[name] for name in shared] == [ppo[name] for name in shared]
+
+
+def test_with_rules_for_a_reward_nothing_is_ranked():
+    judge = {"judge": "rule", "rule": "polite"}
+    tree = {
+        "model": {"base": "owner/name"},
+        "sft": SFT,
+        "ppo": {"prompts": "prompts.jsonl", "reward_weight": 0, "rules": {"polite": 1.0}},
+    }
+    found = steps(**tree, evaluate=judge)
+    assert list(found) == ["sft", "ppo", "evaluate"]
+    assert found["ppo"].inputs == {"model": "sft", "reference": "sft"}
+    assert found["ppo"].sources == {"prompts": ("prompts.jsonl",)}
+    assert found["evaluate"].inputs == {"policy": "ppo", "sft": "sft"}
+    assert found["evaluate"].sources["prompts"] == ("prompts.jsonl",)
+    # rankings make a reward model, whatever its weight
+    ranked = steps(**tree, rank={"data": "rankings.jsonl"}, evaluate=judge)
+    assert list(ranked) == ["sft", "rank", "reward", "ppo", "evaluate"]
+    with pytest.raises(ValueError, match=r"set evaluate\.judge: rule"):
+        steps(**tree)
+    with pytest.raises(ValueError, match="give both or neither"):
+        steps(**tree, evaluate={"judge": "rule"})

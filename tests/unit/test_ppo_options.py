@@ -15,6 +15,7 @@ from pipeline.job import Input, Inputs
 from stages import ppo_models
 from stages import tokenizer as tokenizer_stage
 from stages.models import load_causal_lm, load_reward_model, load_tokenizer, save_model
+from stages.rules import Rule
 from tests.tiny_ppo import make_inputs, make_job, rows_of, run_ppo
 
 LORA = {"rank": 2, "alpha": 4}
@@ -101,6 +102,27 @@ def test_too_little_pretraining_text_is_refused(inputs: Inputs, tmp_path: Path) 
         run_ppo(make_job(tmp_path / "run", given, ptx_coef=1.0, ptx_data="x"))
 
 
+@pytest.mark.parametrize("critic", ["separate", "shared", "lora"])
+def test_without_a_reward_model_rules_alone_reward(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, critic: str
+) -> None:
+    """Shorter is better, by a rule: the policy learns it, and the critic begins at zero."""
+
+    def short(messages: list[dict[str, Any]], response: str) -> float:
+        return -float(len(response))
+
+    monkeypatch.setattr(ppo_models, "load_rule", lambda name, key: Rule(name, short, "test"))
+    given = {role: item for role, item in inputs.items() if role != "reward_model"}
+    lora = {"lora": {"rank": 2}} if critic == "lora" else {}
+    changes = {"critic": critic, "reward_weight": 0, "rules": {"short": 1.0}, **lora}
+    job = make_job(tmp_path, given, missing_eos_penalty=0.0, **changes)
+    run_ppo(job)
+    rows = rows_of(tmp_path)
+    # of the critic that says 0
+    assert rows[1]["explained_variance"] == pytest.approx(0.0, abs=1e-6)
+    assert rows[1]["score"] < 0
+
+
 def test_the_score_is_the_weighted_sum_less_the_penalties(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,9 +130,7 @@ def test_the_score_is_the_weighted_sum_less_the_penalties(
         assert messages[-1]["role"] == "user"
         return float(len(response))
 
-    monkeypatch.setattr(
-        ppo_models, "load_rules", lambda weights: {n: (long, w) for n, w in weights.items()}
-    )
+    monkeypatch.setattr(ppo_models, "load_rule", lambda name, key: Rule(name, long, "test"))
     other = inputs["reward_model"]
     given = {**inputs, "reward_models": Input("reward_models", "", sources=(str(other.path),))}
     job = make_job(

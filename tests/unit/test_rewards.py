@@ -10,9 +10,10 @@ import torch
 
 from pipeline.errors import ConfigError, StageError
 from pipeline.settings.ppo import PpoSettings
-from stages import rewards
+from stages import rewards, rules
 from stages.models import backbone_and_head
-from stages.rewards import GROUP, RewardModel, Rewards, load_rules
+from stages.rewards import RewardModel, Rewards
+from stages.rules import GROUP, load_rule
 from tests.tiny_models import tiny_reward_model
 
 assert GROUP  # something that is not a function, under a name of this module
@@ -33,10 +34,10 @@ def not_a_number(messages: list[dict[str, Any]], response: str) -> float:
 @pytest.fixture(autouse=True)
 def declared(monkeypatch: pytest.MonkeyPatch) -> None:
     points = EntryPoints(
-        EntryPoint(name, f"{__name__}:{name}", rewards.GROUP)
+        EntryPoint(name, f"{__name__}:{name}", GROUP)
         for name in ("count_words", "fails", "not_a_number", "missing", "GROUP")
     )
-    monkeypatch.setattr(rewards, "entry_points", lambda group: points.select(group=group))
+    monkeypatch.setattr(rules, "entry_points", lambda group: points.select(group=group))
     monkeypatch.setattr(rewards, "decode_response", lambda tokenizer, ids: "w " * len(ids))
 
 
@@ -45,7 +46,8 @@ class Tokenizer:
 
 
 def scores(weights: dict[str, float], models: list[RewardModel] | None = None) -> Any:
-    sources = Rewards(models or [], load_rules(weights))
+    loaded = {name: (load_rule(name, "ppo.rules"), weight) for name, weight in weights.items()}
+    sources = Rewards(models or [], loaded)
     rows = [[3, 4, 5], [3, 6, 7, 8]]
     responses = [[4, 5], [6, 7, 8]]
     messages: list[list[dict[str, Any]]] = [[], []]

@@ -1,0 +1,1 @@
+"""Positive continuations of film reviews: an example of rewards that are Python functions."""
