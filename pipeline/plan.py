@@ -162,7 +162,7 @@ def _rounds(settings: Settings, steps: _Steps, before_sft: str | None, sft: str 
         policy = add(settings.run.policy, round, inputs, sources)
         judged_on = settings.evaluate.prompts
         if not settings.has_rankings:
-            judged_on = judged_on or settings.ppo.prompts
+            judged_on = judged_on or sources["prompts"]
         add(
             "evaluate",
             round,
@@ -199,9 +199,9 @@ def _policy_reads(
         return {**inputs, "rankings": rankings}, sources
     own = getattr(settings, settings.run.policy)
     inputs |= {"reward_model": reward, "prompts": None if own.prompts else samples or rankings}
-    sources["prompts"] = own.prompts
+    sources |= {"prompts": own.prompts, "reward_models": own.reward_models}
     if settings.run.policy == "ppo":
-        sources["reward_models"], sources["gold"] = own.reward_models, own.gold
+        sources["gold"] = own.gold
         if own.ptx_coef > 0:
             sources["ptx"] = own.ptx_data or settings.pretrain.data
     return inputs, sources

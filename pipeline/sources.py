@@ -35,7 +35,9 @@ KEYS = (
     "ppo.gold",
     "ppo.ptx_data",
     "grpo.prompts",
+    "grpo.reward_models",
     "rloo.prompts",
+    "rloo.reward_models",
     "evaluate.prompts",
     "evaluate.text",
 )

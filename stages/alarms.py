@@ -1,4 +1,4 @@
-"""Notices a PPO run that goes wrong while it runs, and says so in words.
+"""Notices a policy that goes wrong while it is trained (ppo, grpo, rloo), and says so in words.
 
 Each alarm compares the mean of the last few updates with that of the first few, or with a limit. It
 is said once when it begins; `alarms` in a metrics row counts those that hold.
@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.job import Metrics
-from pipeline.settings.ppo import PpoSettings
 
 _WINDOW = 3
 # a critic that began as the reward model first has to learn what unfinished responses are worth
@@ -28,10 +27,18 @@ _WATCHED = (
 
 
 class Alarms:
-    """What has been seen so far; `state` goes into a checkpoint and comes back by `restore`."""
+    """What has been seen so far; `state` goes into a checkpoint and comes back by `restore`.
 
-    def __init__(self, ppo: PpoSettings) -> None:
-        self._ppo = ppo
+    stage: whose settings a text names. max_kl: nats a response from the reference that are too far.
+    max_update_kl: nats a token that one update may move the policy; None where the row has none.
+    """
+
+    def __init__(
+        self, stage: str, max_kl: float = 12.0, max_update_kl: float | None = None
+    ) -> None:
+        self._stage = stage
+        self._max_kl = max_kl
+        self._max_update_kl = max_update_kl
         self.first: dict[str, list[float]] = {}
         self.last: dict[str, list[float]] = {}
         self.holding: list[str] = []
@@ -64,27 +71,29 @@ class Alarms:
         return list(begun.values())
 
     def _holding(self, update: int) -> Iterator[tuple[str, str]]:
+        stage = self._stage
         first = {key: sum(values) / len(values) for key, values in self.first.items()}
         now = {key: sum(values) / len(values) for key, values in self.last.items()}
-        if now["kl"] > 2 * self._ppo.kl_target:
+        if now.get("kl", 0.0) > self._max_kl:
             yield (
                 "kl",
                 f"the policy is {now['kl']:.1f} nats a response from the reference (over"
-                f" {2 * self._ppo.kl_target:g}): raise ppo.kl_coef or lower ppo.lr",
+                f" {self._max_kl:g}): raise {stage}.kl_coef or lower {stage}.lr",
             )
-        if now.get("approx_kl", 0.0) > 2 * self._ppo.max_update_kl:
+        if self._max_update_kl and now.get("approx_kl", 0.0) > self._max_update_kl:
             yield (
                 "update",
                 f"one update moves the policy by {now['approx_kl']:.3f} nats a token (over"
-                f" {2 * self._ppo.max_update_kl:g}): lower ppo.lr or ppo.epochs",
+                f" {self._max_update_kl:g}): lower {stage}.lr or {stage}.epochs",
             )
         if "entropy" in now and now["entropy"] < 0.2 * first["entropy"]:
             yield (
                 "entropy",
                 f"entropy fell from {first['entropy']:.2f} to {now['entropy']:.2f} nats a token:"
-                " responses become alike; raise ppo.kl_coef or ppo.entropy_coef",
+                f" responses become alike; raise {stage}.kl_coef"
+                + (" or ppo.entropy_coef" if stage == "ppo" else ""),
             )
-        if update > _CRITIC_LEARNS and now["explained_variance"] < -0.5:
+        if update > _CRITIC_LEARNS and now.get("explained_variance", 0.0) < -0.5:
             yield (
                 "value",
                 f"the critic is worse than a constant (explained variance"
@@ -97,7 +106,7 @@ class Alarms:
                 "length",
                 f"responses grew from {first['response_tokens']:.0f} to"
                 f" {now['response_tokens']:.0f} tokens while the score rose: the reward model may"
-                " pay for length; set ppo.length_penalty",
+                f" pay for length; set {stage}.length_penalty",
             )
         if now["response_tokens"] < 0.5 * first["response_tokens"]:
             yield (
@@ -109,12 +118,12 @@ class Alarms:
             yield (
                 "repetition",
                 f"responses repeat themselves ({first['repetition']:.0%} of 4-grams before,"
-                f" {now['repetition']:.0%} now): the reward model is being gamed; raise ppo.kl_coef",
+                f" {now['repetition']:.0%} now): the reward model is being gamed; raise {stage}.kl_coef",
             )
         if now["eos_rate"] < first["eos_rate"] - 0.3:
             yield (
                 "eos",
                 f"fewer responses end by themselves ({first['eos_rate']:.0%} before,"
-                f" {now['eos_rate']:.0%} now): raise ppo.missing_eos_penalty or"
-                " ppo.max_response_tokens",
+                f" {now['eos_rate']:.0%} now): raise {stage}.missing_eos_penalty or"
+                f" {stage}.max_response_tokens",
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -25,7 +25,7 @@ from stages.engines import Engine
 from stages.generation import Generated
 from stages.prompts import PromptIds
 from stages.rewards import RewardModel, Rewards
-from stages.rollout import Sequences, all_logprobs, make_sequences, rows_to_score
+from stages.rollout import Sequences, all_logprobs, make_sequences, mean_repetition
 
 
 @dataclass
@@ -153,17 +153,13 @@ def _score(
         if all(g.values for g in generated)
         else _rows_of(agent.values(batch, ppo.rows_per_rank), batch)
     )
-    rows, is_cut = rows_to_score(ids, responses, tokenizer.eos_token_id)
     rewards = models.rewards
     if with_gold and models.gold:
         rewards = Rewards([*rewards.models, models.gold], rewards.rules)
-    messages: list[list[dict[str, Any]]] = [list(prompt.prompt.messages) for prompt in prompts]
-    parts_B = rewards.scores(rows, messages, responses, tokenizer, device, ppo)
-    scores_B = torch.zeros(len(rows), device=device)
-    for name, weight in rewards.weights.items():
-        scores_B = scores_B + weight * parts_B[name]
-    scores_B = scores_B - ppo.missing_eos_penalty * torch.tensor(is_cut, device=device)
-    scores_B = scores_B - ppo.length_penalty * batch.response_tokens_B
+    messages = [list(prompt.prompt.messages) for prompt in prompts]
+    scores_B, parts_B = rewards.score(
+        ids, messages, responses, tokenizer, device, ppo, ppo.rows_per_rank
+    )
     return [
         _Row(
             ids[i],
@@ -230,7 +226,7 @@ def rollout_metrics(rollout: Rollout, kl_coef: float) -> Metrics:
         "kl_coef": kl_coef,
         "response_tokens": rollout.batch.response_tokens_B.float().mean().item(),
         "eos_rate": rollout.ended_B.float().mean().item(),
-        "repetition": repetition(rollout.batch),
+        "repetition": mean_repetition(rollout.batch.response_ids),
     }
     if rollout.engine_logprobs_BR is not None:
         apart = ppo_math.kl_estimates(rollout.engine_logprobs_BR, rollout.logprobs_BR, valid_BR)
@@ -238,13 +234,3 @@ def rollout_metrics(rollout: Rollout, kl_coef: float) -> Metrics:
     if len(rollout.parts_B) > 1:
         row |= {f"score/{name}": x_B.mean().item() for name, x_B in rollout.parts_B.items()}
     return row
-
-
-def repetition(batch: Sequences, n: int = 4) -> float:
-    """Share of the n-grams of a response that stood in it before, mean over responses."""
-    shares = []
-    tokens = batch.responses_BR.tolist()
-    for row, length in zip(tokens, batch.response_tokens_B.tolist(), strict=True):
-        grams = [tuple(row[i : i + n]) for i in range(length - n + 1)]
-        shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
-    return sum(shares) / len(shares)

@@ -1,21 +1,23 @@
 """grpo: optimise the policy against the reward model, each response compared with the others to its
 prompt (TRL's GRPOTrainer; arXiv 2402.03300).
 
-Reads: `model` (what the policy starts from), `reference` (sft), `reward_model`, `prompts`. Writes a
-`policy`: a plain HF folder, the best one by reward on validation prompts.
+Reads: `model` (what the policy starts from), `reference` (sft), `reward_model`, `prompts`, and
+`reward_models` where settings name them. Writes a `policy`: a plain HF folder, the best one by reward
+on validation prompts.
 
     prefline grpo RUN grpo.updates=200 grpo.responses_per_prompt=8
 
 One update: (1) K responses to each of `grpo.prompts_per_step` prompts, from our own decode loop; (2)
-reward-model scores, normalised, clipped and penalised as in ppo; (3) advantage = score - mean of the
-group, over its deviation; (4) `grpo.epochs` passes of the clipped loss with kl_coef times the KL to the
-reference (k3) in it. There is no value model.
+scores, the same weighted sum of reward models and rules as in ppo with the same penalties; (3)
+advantage = score - mean of the group, over its deviation; (4) `grpo.epochs` passes of the clipped
+loss with kl_coef times the KL to the reference (k3) in it. There is no value model.
 
 Metrics (healthy range): score (rises), kl in nats a response (k3; rises, then levels off), reward =
 score - kl_coef * kl, entropy in nats a token (falls slowly; near 0 is collapse), response_tokens,
-eos_rate (> 0.9), loss (says little: its gradient matters), score_std, equal_groups (share of prompts
-whose responses all score the same and teach nothing: < 0.5), clip_fraction (0 while epochs is 1),
-grad_norm, lr; validation_score, validation_kl (k1) and validation_reward decide which policy is kept.
+eos_rate (> 0.9), repetition of 4-grams (stays), alarms that hold (0), loss (says little: its gradient
+matters), score_std, equal_groups (share of prompts whose responses all score the same and teach
+nothing: < 0.5), clip_fraction (0 while epochs is 1), grad_norm, lr; validation_score, validation_kl
+(k1) and validation_reward decide which policy is kept.
 """
 
 from __future__ import annotations

@@ -27,21 +27,21 @@ from pipeline.job import Inputs, Metrics, Out
 from pipeline.settings import Settings
 from pipeline.settings.grpo import GrpoSettings
 from pipeline.settings.rloo import RlooSettings
+from stages.alarms import Alarms
 from stages.chat import decode_response
 from stages.checkpoints import Tensors, load_trainable, trainable_tensors
 from stages.common import epoch_order, gather_list, num_parameters, own_share, seed_for, start
 from stages.engines import HfEngine, Sampling
 from stages.models import (
     add_lora,
-    backbone_and_head,
+    contract_of,
     load_causal_lm,
-    load_reward_model,
     load_tokenizer,
     positions,
 )
 from stages.prompts import PromptIds, encode_prompts, load_prompts, longest_prompt, of_split
-from stages.rewards import RewardModel
-from stages.rollout import all_logprobs, make_sequences, rows_to_score
+from stages.rewards import load_learned, load_rewards
+from stages.rollout import all_logprobs, make_sequences, mean_repetition
 from stages.trl_checkpoints import LineCallback, Schedule
 from stages.trl_runs import make_config, publish, quiet, train
 
@@ -78,16 +78,15 @@ class OnlineRun:
         self.size = num_parameters(plain)
         self.policy = add_lora(plain, own.lora, "policy")
         self.reference = load_causal_lm(inputs["reference"]).to(device).requires_grad_(False)
-        reward = load_reward_model(inputs["reward_model"]).to(device).requires_grad_(False)
-        contract = inputs["reward_model"].contract
-        self.reward_size = num_parameters(reward)
-        self.reward = RewardModel(
-            "reward_model",
-            1.0,
-            *backbone_and_head(reward),
-            contract["score_mean"],
-            contract["score_std"],
+        learned = None
+        if "reward_model" in inputs:
+            learned = load_learned(inputs["reward_model"], own.reward_weight, device)
+        contract = contract_of(self.tokenizer, plain)
+        self.rewards = load_rewards(
+            own, learned, inputs, contract, own.max_response_tokens, out, device
         )
+        self.reward_size = sum(num_parameters(m.backbone) for m in self.rewards.models)
+        self.alarms = Alarms(out.stage)
         found = load_prompts(inputs["prompts"], settings, out)
         max_tokens = longest_prompt(
             own.max_prompt_tokens, own.max_response_tokens, positions(plain), out
@@ -97,6 +96,10 @@ class OnlineRun:
             for split in ("train", "validation")
         )
         self.validation: list[PromptIds] = validation[: own.eval_prompts]
+        # TRL knows a prompt by its ids only; rules see the conversation
+        self.messages = {
+            tuple(p.ids): list(p.prompt.messages) for p in (*self.train_prompts, *self.validation)
+        }
         self.best: Tensors = {}
         self.best_metrics: Metrics = {"validation_reward": -math.inf}
 
@@ -200,6 +203,7 @@ class OnlineRun:
         train(trainer, self.callback, out, own.epochs)
         load_trainable(self.policy, self.best)
         publish(trainer, self.tokenizer, out)
+        out.derived["alarms"] = self.alarms.said
         return {"updates": own.updates, **self.best_metrics}
 
     # ---- rollouts ------------------------------------------------------------------------
@@ -226,17 +230,20 @@ class OnlineRun:
     def _generate(self, prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
         return [g.tokens for g in self.engine.generate(prompts, seeds)]
 
-    def _scores(self, prompts: list[list[int]], responses: list[list[int]]) -> list[float]:
-        """The rewards of responses (token ids, with the end token where they ended)."""
+    def _scores(
+        self, prompts: list[list[int]], responses: list[list[int]]
+    ) -> tuple[list[float], dict[str, float]]:
+        """The rewards of responses (token ids, with the end token where they ended), and the mean of each
+        source where there are several."""
         own, device = self.own, self.accelerator.device
-        rows, is_cut = rows_to_score(prompts, responses, self.tokenizer.eos_token_id)
-        with self.trainer.accelerator.autocast():
-            scores_B = self.reward.scores(
-                rows, self.tokenizer.pad_token_id, device, own.score_clip, own.rows_per_rank
+        messages = [self.messages[tuple(prompt)] for prompt in prompts]
+        with torch.no_grad(), self.trainer.accelerator.autocast():
+            scores_B, parts_B = self.rewards.score(
+                prompts, messages, responses, self.tokenizer, device, own, own.rows_per_rank
             )
-        rewards_B = scores_B - own.missing_eos_penalty * torch.tensor(is_cut, device=device)
-        found: list[float] = rewards_B.tolist()
-        return found
+        several = len(parts_B) > 1
+        means = {f"score/{k}": x_B.mean().item() for k, x_B in parts_B.items() if several}
+        return scores_B.tolist(), means
 
     @property
     def _score(self) -> Any:
@@ -250,7 +257,11 @@ class OnlineRun:
             """TRL calls it, and names the metric after it."""
             ended = [ids[-1] == self.tokenizer.eos_token_id for ids in completion_ids]
             log_metric("eos_rate", sum(ended) / len(ended))
-            return self._scores(prompts, completion_ids)
+            log_metric("repetition", mean_repetition(completion_ids))
+            scores, means = self._scores(prompts, completion_ids)
+            for name, value in means.items():
+                log_metric(name, value)
+            return scores
 
         return score
 
@@ -259,15 +270,15 @@ class OnlineRun:
     def _row_of(self, logs: Metrics) -> Metrics:
         """Our names and units: kl is nats a response, TRL's is nats a token."""
         tokens, score = logs["completions/mean_length"], logs["rewards/score/mean"]
-        row = {"score": score}
+        row = {"score": score, **{k: v for k, v in logs.items() if k.startswith("score/")}}
         if "kl" in logs:
             kl = logs["kl"] * tokens
             row |= {"kl": kl, "reward": score - self.own.kl_coef * kl}
-        return {
-            **row,
+        row |= {
             "entropy": logs["entropy"],
             "response_tokens": tokens,
             "eos_rate": logs["eos_rate"],
+            "repetition": logs["repetition"],
             "loss": logs["loss"],
             "score_std": logs["rewards/score/std"],
             "equal_groups": logs["frac_reward_zero_std"],
@@ -275,6 +286,10 @@ class OnlineRun:
             "grad_norm": logs["grad_norm"],
             "lr": logs["learning_rate"],
         }
+        update = self.trainer.state.global_step // self.own.epochs
+        for alarm in self.alarms.check(update, row):
+            self.out.say(f"WARNING at update {update}: {alarm}")
+        return {**row, "alarms": len(self.alarms.holding)}
 
     def _validate(self, update: int) -> Metrics:
         """Score the policy on validation prompts, always with the same random numbers; keep the best."""
@@ -287,7 +302,7 @@ class OnlineRun:
             run_seed, round = self.settings.run.seed, self.out.round
             seeds = [seed_for(run_seed, "ppo", round, "validation", i) for i in share]
             responses = self._generate(prompts, seeds)
-            scores = self._scores(prompts, responses)
+            scores, _ = self._scores(prompts, responses)
             rows = list(zip(responses, scores, self._kl(prompts, responses), strict=True))
         rows = gather_list(rows, accelerator)
         score = math.fsum(row[1] for row in rows) / len(rows)
@@ -326,7 +341,11 @@ class OnlineRun:
         """Into a checkpoint: the best policy so far, and what it cost."""
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.best.items()}
         save_file(tensors, folder / "best.safetensors")
-        state = {"best_metrics": self.best_metrics, "cost": self.out.cost}
+        state = {
+            "best_metrics": self.best_metrics,
+            "cost": self.out.cost,
+            "alarms": self.alarms.state(),
+        }
         (folder / "line.json").write_text(json.dumps(state), encoding="utf-8")
 
     def read(self, folder: Path) -> None:
@@ -335,6 +354,7 @@ class OnlineRun:
         self.best = load_file(folder / "best.safetensors", device=str(self.accelerator.device))
         self.best_metrics = state["best_metrics"]
         self.out.cost.update(state["cost"])
+        self.alarms.restore(state["alarms"])
 
 
 def _number_positions(model: PreTrainedModel | PeftModel) -> None:

@@ -150,7 +150,7 @@ class _Loop:
             self.value_parameters.values(), ppo.value_lr or ppo.lr, 0.0, eps=1e-5
         )
         self.checkpoints = Checkpointer(out, settings.launch.keep_checkpoints, accelerator)
-        self.alarms = Alarms(ppo)
+        self.alarms = Alarms("ppo", 2 * ppo.kl_target, 2 * ppo.max_update_kl)
         self.kl_coef = ppo.kl_coef
         self.update = 0
         self.best: Tensors = {}

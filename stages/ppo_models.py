@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch import nn
 
-from pipeline.errors import ArtifactError, ConfigError
+from pipeline.errors import ArtifactError
 from pipeline.job import Input, Inputs, Out
 from pipeline.settings import Settings
 from pipeline.settings.ppo import PpoSettings
@@ -35,10 +34,8 @@ from stages.models import (
     load_causal_lm,
     load_reward_model,
     load_tokenizer,
-    positions,
 )
-from stages.rewards import RewardModel, Rewards, normalisation
-from stages.rules import load_rule
+from stages.rewards import RewardModel, load_given, load_learned, load_rewards
 
 
 def load_models(settings: Settings, inputs: Inputs, accelerator: Accelerator, out: Out) -> Models:
@@ -51,9 +48,11 @@ def load_models(settings: Settings, inputs: Inputs, accelerator: Accelerator, ou
     learned = inputs.get("reward_model")
     on_base = kind == "lora" and _put_on_base(policy, inputs["model"], learned)
     agent = _make_agent(kind, ppo, policy, inputs["model"], learned, on_base, device)
-    own = []
-    if learned is not None:
-        own = [_reward_model(learned, ppo.reward_weight, policy, on_base, device)]
+    own = None
+    if on_base:
+        own = _reward_on_base(learned, ppo.reward_weight, policy, device)
+    elif learned is not None:
+        own = load_learned(learned, ppo.reward_weight, device)
     # adapters switched off give the reference, where that is what the policy started from
     is_base = ppo.lora.rank > 0 and inputs["reference"].digest == inputs["model"].digest
     reference = None
@@ -64,17 +63,12 @@ def load_models(settings: Settings, inputs: Inputs, accelerator: Accelerator, ou
     for part in agent.passes:
         part.eval()
     agent.passes = [accelerator.prepare_model(part) for part in agent.passes]
-    paths = inputs["reward_models"].sources if "reward_models" in inputs else ()
     contract = contract_of(tokenizer, policy)
-    # by place, not by folder: those that we publish are all called `artifact`
-    others = [
-        _user_reward_model(f"reward_models[{i}]", path, weight, contract, ppo, out).to(device)
-        for i, (path, weight) in enumerate(zip(paths, ppo.reward_model_weights, strict=True))
-    ]
+    rewards = load_rewards(ppo, own, inputs, contract, ppo.max_response_tokens, out, device)
     gold = None
     if "gold" in inputs:
         path = inputs["gold"].sources[0]
-        gold = _user_reward_model("gold", path, 0.0, contract, ppo, out).to(device)
+        gold = load_given("gold", path, 0.0, contract, ppo.max_response_tokens, out).to(device)
     sampling = Sampling(
         eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
@@ -84,10 +78,6 @@ def load_models(settings: Settings, inputs: Inputs, accelerator: Accelerator, ou
     )
     folder = out.checkpoints / "weights"
     engine = make_engine(ppo.rollout, policy, sampling, accelerator, folder, agent.value_head)
-    rules = {name: (load_rule(name, "ppo.rules"), weight) for name, weight in ppo.rules.items()}
-    # a rule is code: its package and version say which, as digests do of data
-    out.derived["rules"] = {name: rule.origin for name, (rule, _) in rules.items()}
-    rewards = Rewards([*own, *others], rules)
     return Models(agent, engine, reference, rewards, gold, tokenizer)
 
 
@@ -149,47 +139,8 @@ def _head(reward_model: Input, device: torch.device) -> nn.Linear:
     return head.to(device)
 
 
-def _reward_model(
-    item: Input, weight: float, policy: Any, on_base: bool, device: torch.device
-) -> RewardModel:
+def _reward_on_base(item: Input, weight: float, policy: Any, device: torch.device) -> RewardModel:
     mean, std = item.contract["score_mean"], item.contract["score_std"]
-    if on_base:
-        head = _head(item, device).requires_grad_(False)
-        backbone: nn.Module = AdapterBackbone(policy, "reward")
-        return RewardModel("reward_model", weight, backbone, head, mean, std)
-    model = load_reward_model(item).to(device).eval().requires_grad_(False)
-    return RewardModel("reward_model", weight, *backbone_and_head(model), mean, std)
-
-
-def _user_reward_model(
-    name: str, path: str, weight: float, contract: dict[str, Any], ppo: PpoSettings, out: Out
-) -> RewardModel:
-    """A reward model that settings name, checked against the policy's contract.
-
-    Raises:
-        ConfigError: not a folder here.
-        ArtifactError: no reward model, or one that reads other tokens or shorter texts.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ConfigError(
-            f"ppo.{name}: {path} is no folder",
-            "Give the artifact folder of a reward step (prefline status RUN --json shows it).",
-        )
-    item = Input(name, "", path=folder)
-    model = load_reward_model(item).eval().requires_grad_(False)
-    other = contract_of(load_tokenizer(item), model)
-    for key in ("tokenizer", "bos_id", "eos_id", "pad_id"):
-        if other[key] != contract[key]:
-            raise ArtifactError(
-                f"ppo.{name}: {path} has another {key} than the policy: {other[key]} and"
-                f" {contract[key]}",
-                "It reads the policy's token ids, so it needs the same tokenizer.",
-            )
-    limit, needed = positions(model), ppo.max_response_tokens + 2
-    if limit is not None and limit < needed:
-        raise ArtifactError(f"ppo.{name}: {path} reads {limit} tokens, less than a response takes")
-    stated = normalisation(folder)
-    if stated is None:
-        out.say(f"ppo.{name}: {path} has no reward.json; its scores are taken as they are")
-    return RewardModel(name, weight, *backbone_and_head(model), *(stated or (0.0, 1.0)))
+    head = _head(item, device).requires_grad_(False)
+    backbone = AdapterBackbone(policy, "reward")
+    return RewardModel("reward_model", weight, backbone, head, mean, std)

@@ -50,6 +50,13 @@ class Sequences(NamedTuple):
         return self.tokens_BT.gather(-1, spots_BR)
 
     @property
+    def response_ids(self) -> list[list[int]]:
+        """The tokens of each response."""
+        lengths = self.response_tokens_B.tolist()
+        rows = self.responses_BR.tolist()
+        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+
+    @property
     def predicts_BT(self) -> Tensor:
         """True where the output predicts a response token: in the order of rows, N times."""
         T = self.tokens_BT.shape[1]
@@ -128,6 +135,15 @@ def rows_to_score(
         for prompt, response, cut in zip(prompts, responses, is_cut, strict=True)
     ]
     return rows, is_cut
+
+
+def mean_repetition(responses: list[list[int]], n: int = 4) -> float:
+    """Share of the n-grams of a response that stood in it before, mean over responses."""
+    shares = []
+    for row in responses:
+        grams = [tuple(row[i : i + n]) for i in range(len(row) - n + 1)]
+        shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
+    return sum(shares) / len(shares)
 
 
 def last_token_scores(

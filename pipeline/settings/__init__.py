@@ -113,9 +113,11 @@ class Settings(Strict):
 
     @property
     def is_rewarded_otherwise(self) -> bool:
-        """Whether ppo has prompts and a reward (rules, reward models of the user's) without rankings."""
-        alone = self.run.policy == "ppo" and self.ppo.reward_weight == 0
-        return alone and self.ppo.prompts is not None and not self.has_rankings
+        """Whether the policy has prompts and a reward (rules, the user's reward models) without rankings."""
+        if self.run.policy == "dpo" or self.has_rankings:
+            return False
+        own = {"ppo": self.ppo, "grpo": self.grpo, "rloo": self.rloo}[self.run.policy]
+        return own.reward_weight == 0 and own.prompts is not None
 
     def _policy_rows(self) -> tuple[int, int, str]:
         """Rows of one optimiser step of the policy's stage, into how many parts they are divided,

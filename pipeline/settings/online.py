@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pydantic import Field, field_validator
 
-from pipeline.config import Strict, unhashed
+from pipeline.config import unhashed
 from pipeline.settings.model import DataSources, LoraSettings
+from pipeline.settings.rewarded import RewardedSettings
 
 
 def without_dropout(lora: LoraSettings) -> LoraSettings:
@@ -17,7 +18,7 @@ def without_dropout(lora: LoraSettings) -> LoraSettings:
     return lora
 
 
-class OnlineSettings(Strict):
+class OnlineSettings(RewardedSettings):
     """Policy gradient with a baseline from the other responses to the same prompt; no value model."""
 
     prompts: DataSources | None = unhashed(None)
@@ -52,10 +53,6 @@ class OnlineSettings(Strict):
     """The ratio is clipped below at 1 - clip_low (TRL: 0.2); it is 1 while epochs is 1."""
     clip_high: float = Field(0.2, gt=0)
     """The ratio is clipped above at 1 + clip_high (TRL: 0.2)."""
-    score_clip: float = Field(5.0, gt=0)
-    """Normalised reward-model scores are clipped to +- this (as in ppo)."""
-    missing_eos_penalty: float = Field(1.0, ge=0)
-    """Subtracted from the score of a response that does not end by itself (as in ppo)."""
     lora: LoraSettings = LoraSettings()
     """Low-rank adapters for the policy instead of full fine-tuning."""
     eval_every_updates: int = Field(10, ge=1)

@@ -4,12 +4,13 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config import Strict, unhashed
+from pipeline.config import unhashed
 from pipeline.settings.model import DataSources, LoraSettings
+from pipeline.settings.rewarded import RewardedSettings
 from pipeline.settings.rollout import RolloutSettings
 
 
-class PpoSettings(Strict):
+class PpoSettings(RewardedSettings):
     """Proximal policy optimisation against the reward model (arXiv 1707.06347, 2203.02155)."""
 
     prompts: DataSources | None = unhashed(None)
@@ -71,21 +72,6 @@ class PpoSettings(Strict):
     """Weight of the mean entropy of a token as a bonus in the loss."""
     whiten_advantages: bool = True
     """Advantages to mean 0 and standard deviation 1 over all tokens of all ranks (arXiv 2404.10719)."""
-    score_clip: float = Field(5.0, gt=0)
-    """Normalised reward-model scores are clipped to +- this (DeepSpeed-Chat: 5)."""
-    missing_eos_penalty: float = Field(1.0, ge=0)
-    """Subtracted from the score of a response that does not end by itself (TRL's example: 1)."""
-    length_penalty: float = Field(0.0, ge=0)
-    """Subtracted from the score for each token of the response."""
-    reward_weight: float = 1.0
-    """Weight of the reward step's own model in the score. With 0, ppo.prompts and no rankings there is no
-    reward step: ppo.rules and ppo.reward_models alone reward."""
-    reward_models: DataSources | None = unhashed(None)
-    """Further reward models: folders as the reward step publishes them."""
-    reward_model_weights: tuple[float, ...] = ()
-    """Their weights in the score, in the same order."""
-    rules: dict[str, float] = Field(default_factory=dict)
-    """Weights of Python rules, by their entry-point name (group prefline.rewards)."""
     gold: DataSources | None = unhashed(None)
     """A reward model that is watched on validation prompts and never optimised."""
     keep_best_by: Literal["reward", "gold"] = "reward"
@@ -127,24 +113,10 @@ class PpoSettings(Strict):
             raise ValueError(
                 "kl_control: adaptive multiplies kl_coef, which is 0: it would stay so"
             )
-        if self.reward_weight == 0 and not self.reward_models and not self.rules:
-            raise ValueError("reward_weight: 0 leaves no reward; add reward_models or rules")
-        taken = {"reward_model", "gold", *(f"reward_models[{i}]" for i in range(64))} & set(
-            self.rules
-        )
-        if taken:
-            raise ValueError(
-                f"rules: {', '.join(sorted(taken))} names a reward model in the metrics"
-            )
         if self.critic == "lora" and self.lora.rank == 0:
             raise ValueError("critic: lora needs adapters: set lora.rank, for instance to 8")
         if self.rollout.engine == "vllm" and self.temperature > 2:
             raise ValueError("rollout.engine: vllm serves temperatures up to 2 only")
-        if len(self.reward_models or ()) != len(self.reward_model_weights):
-            raise ValueError(
-                f"reward_models names {len(self.reward_models or ())} models, but"
-                f" reward_model_weights has {len(self.reward_model_weights)} weights"
-            )
         if len(self.gold or ()) > 1:
             raise ValueError("gold: one reward model, not several")
         if self.keep_best_by == "gold" and not self.gold:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from pipeline.settings.ppo import PpoSettings
 from stages.alarms import Alarms
 
 HEALTHY: dict[str, Any] = {
@@ -23,7 +22,7 @@ HEALTHY: dict[str, Any] = {
 
 
 def said(rows: list[dict[str, Any]], alarms: Alarms | None = None) -> list[tuple[int, str]]:
-    alarms = alarms or Alarms(PpoSettings())
+    alarms = alarms or Alarms("ppo", 12.0, 0.04)
     for update, row in enumerate(rows, 1):
         alarms.check(update, row)
     return [(entry["update"], entry["alarm"]) for entry in alarms.said]
@@ -76,10 +75,10 @@ def test_a_critic_may_be_bad_at_first() -> None:
 
 def test_a_stop_in_between_changes_nothing() -> None:
     rows = [HEALTHY] * 5 + [{**HEALTHY, "kl": 20.0}] * 6
-    first = Alarms(PpoSettings())
+    first = Alarms("ppo", 12.0, 0.04)
     for update, row in enumerate(rows[:7], 1):
         first.check(update, row)
-    second = Alarms(PpoSettings())
+    second = Alarms("ppo", 12.0, 0.04)
     second.restore(json.loads(json.dumps(first.state())))
     for update, row in enumerate(rows[7:], 8):
         second.check(update, row)

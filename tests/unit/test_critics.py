@@ -17,7 +17,7 @@ from pipeline.settings.ppo import PpoSettings
 from stages.adapters import save_reward_adapter
 from stages.critics import Agent, ValuePass, active, lora, separate, shared, zero_head
 from stages.models import add_adapter, add_lora, backbone_and_head
-from stages.ppo_models import _make_agent, _put_on_base, _reward_model
+from stages.ppo_models import _make_agent, _put_on_base, _reward_on_base
 from stages.rollout import Sequences, make_sequences, response_logprobs, score_rows
 from tests.tiny_models import KINDS, tiny_config
 
@@ -195,7 +195,7 @@ def test_one_base_carries_policy_critic_and_reward_model(
     item = Input("reward_model", "", path=tmp_path, contract=contract)
     model = Input("model", "sha256:1")
     assert _put_on_base(policy, model, item)
-    source = _reward_model(item, 1.0, policy, True, torch.device("cpu"))
+    source = _reward_on_base(item, 1.0, policy, CPU)
     agent = _make_agent("lora", PpoSettings(), policy, model, item, True, CPU)
     found = score_rows(source.backbone, source.head, rows, 0, torch.device("cpu"))
     assert found.tolist() == pytest.approx(expected, abs=1e-5)

@@ -16,10 +16,11 @@ from pipeline import worker
 from pipeline.errors import Stopped
 from pipeline.job import Input, Out
 from pipeline.settings import Settings
-from stages import grpo, online_rl, rloo
+from stages import grpo, online_rl, rewards, rloo
 from stages.chat import encode_prompt
 from stages.models import load_causal_lm, load_reward_model, load_tokenizer
 from stages.online_rl import OnlineRun
+from stages.rules import Rule
 from tests.unit.tiny_policy import conversation, make_job, make_world, rows_of, weights_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -80,9 +81,9 @@ def test_the_reward_is_the_normalised_score_of_the_very_ids(
     seen = []
 
     def call(self, prompts, responses):
-        found = scored(self, prompts, responses)
+        found, means = scored(self, prompts, responses)
         seen.append((prompts, responses, found))
-        return found
+        return found, means
 
     scored = OnlineRun._scores
     monkeypatch.setattr(OnlineRun, "_scores", call)
@@ -123,6 +124,27 @@ def test_the_reward_is_the_normalised_score_of_the_very_ids(
     # four responses to one prompt, and they differ
     assert prompts[0] == prompts[3] != prompts[4]
     assert len({tuple(r) for r in responses[:4]}) > 1
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_rules_alone_may_reward(stage, world, tmp_path, monkeypatch):
+    def short(messages, response):
+        assert messages[-1]["role"] == "user"
+        return -float(len(response))
+
+    monkeypatch.setattr(rewards, "load_rule", lambda name, key: Rule(name, short, "test"))
+    own = {**OWN, "reward_weight": 0, "rules": {"short": 1.0, "also": 0.0}, "score_clip": 1.0}
+    job = make_job(stage, tmp_path, world, **own, missing_eos_penalty=0.0, length_penalty=0.5)
+    del job.inputs["reward_model"]
+    _, out = run(job)
+    rows = [row for row in rows_of(out) if "score" in row]
+    assert len(rows) == 4
+    for row in rows:
+        # what is watched with weight 0 is counted and not paid for
+        assert row["score/short"] == row["score/also"] < 0
+        expected = row["score/short"] - 0.5 * row["response_tokens"]
+        assert row["score"] == pytest.approx(expected, abs=1e-4)
+    assert out.derived["rules"] == {"short": "test", "also": "test"}
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,8 @@ def test_with_rules_for_a_reward_nothing_is_ranked():
     assert found["ppo"].sources == {"prompts": ("prompts.jsonl",)}
     assert found["evaluate"].inputs == {"policy": "ppo", "sft": "sft"}
     assert found["evaluate"].sources["prompts"] == ("prompts.jsonl",)
+    other = {**tree, "rloo": tree["ppo"], "run": {"policy": "rloo"}}
+    assert list(steps(**other, evaluate=judge)) == ["sft", "rloo", "evaluate"]
     # rankings make a reward model, whatever its weight
     ranked = steps(**tree, rank={"data": "rankings.jsonl"}, evaluate=judge)
     assert list(ranked) == ["sft", "rank", "reward", "ppo", "evaluate"]

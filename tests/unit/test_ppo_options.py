@@ -12,7 +12,7 @@ import torch
 from pipeline import worker
 from pipeline.errors import ArtifactError, DataError, Stopped
 from pipeline.job import Input, Inputs
-from stages import ppo_models
+from stages import rewards
 from stages import tokenizer as tokenizer_stage
 from stages.models import load_causal_lm, load_reward_model, load_tokenizer, save_model
 from stages.rules import Rule
@@ -111,7 +111,7 @@ def test_without_a_reward_model_rules_alone_reward(
     def short(messages: list[dict[str, Any]], response: str) -> float:
         return -float(len(response))
 
-    monkeypatch.setattr(ppo_models, "load_rule", lambda name, key: Rule(name, short, "test"))
+    monkeypatch.setattr(rewards, "load_rule", lambda name, key: Rule(name, short, "test"))
     given = {role: item for role, item in inputs.items() if role != "reward_model"}
     lora = {"lora": {"rank": 2}} if critic == "lora" else {}
     changes = {"critic": critic, "reward_weight": 0, "rules": {"short": 1.0}, **lora}
@@ -130,7 +130,7 @@ def test_the_score_is_the_weighted_sum_less_the_penalties(
         assert messages[-1]["role"] == "user"
         return float(len(response))
 
-    monkeypatch.setattr(ppo_models, "load_rule", lambda name, key: Rule(name, long, "test"))
+    monkeypatch.setattr(rewards, "load_rule", lambda name, key: Rule(name, long, "test"))
     other = inputs["reward_model"]
     given = {**inputs, "reward_models": Input("reward_models", "", sources=(str(other.path),))}
     job = make_job(

@@ -11,7 +11,6 @@ import pytest
 from torch import nn
 
 from pipeline.job import Job, Out
-from pipeline.settings.ppo import PpoSettings
 from stages import ppo
 from stages.alarms import Alarms
 from stages.checkpoints import Checkpointer
@@ -39,7 +38,7 @@ def loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     found.agent = SimpleNamespace(policy=None)
     found.accelerator = SimpleNamespace(device="cpu")
     found.ppo = SimpleNamespace(updates=0)
-    found.alarms = Alarms(PpoSettings())
+    found.alarms = Alarms("ppo", 12.0, 0.04)
     found.update, found.kl_coef, found.best_metrics, found.best_value = 0, 0.1, {}, 0.0
     return found
 

@@ -16,6 +16,7 @@ from stages.rollout import (
     Sequences,
     in_micro_batches,
     make_sequences,
+    mean_repetition,
     over_responses,
     response_logprobs,
     score_all,
@@ -359,3 +360,10 @@ def test_a_score_is_that_of_the_last_token_of_the_row_alone(kind: str, rows_at_o
         expected = torch.tensor([score_alone(model, row) for row in rows])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert found.std() > 0.01
+
+
+def test_repetition_is_the_share_of_n_grams_that_stood_before():
+    # pairs of the first: 12 23 31 12, one of four again; the second has no pair
+    assert mean_repetition([[1, 2, 3, 1, 2], [5]], n=2) == pytest.approx((1 / 4 + 0) / 2)
+    assert mean_repetition([[7] * 8]) == pytest.approx(4 / 5)
+    assert mean_repetition([[1, 2, 3, 4]]) == 0.0

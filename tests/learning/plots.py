@@ -1,0 +1,82 @@
+"""The pictures of docs/results.md, drawn from what was measured.
+
+python -m tests.learning.plots policies OUT/results.jsonl docs/images/policies.png
+python -m tests.learning.plots sources RUN docs/images/reviews.png lexicon classifier
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("agg")
+import matplotlib.pyplot as plt
+
+Row = dict[str, Any]
+
+
+def rows_of(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def policies(results: Path, picture: Path) -> None:
+    """Win rate against KL: a dot for each seed, a large one for the mean of a variant."""
+    rows = rows_of(results)
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for number, name in enumerate(dict.fromkeys(row["variant"] for row in rows)):
+        own = [row for row in rows if row["variant"] == name]
+        x, y = [row["kl_nats"] for row in own], [row["win_rate_vs_sft"] for row in own]
+        color = f"C{number}"
+        axes.scatter(x, y, s=14, color=color, alpha=0.6)
+        axes.scatter([_mean(x)], [_mean(y)], s=90, color=color, label=name, edgecolor="black")
+    axes.axhline(0.5, color="gray", linewidth=1, linestyle=":")
+    axes.set_xlabel("KL from sft, nats a response")
+    axes.set_ylabel("win rate against sft, hidden rubric")
+    axes.legend(fontsize=8)
+    _save(figure, picture)
+
+
+def sources(run: Path, picture: Path, proxy: str, gold: str) -> None:
+    """Two sources of one ppo step, what is optimised and what watches: by update, and by KL."""
+    artifact = run / "ppo" / (run / "ppo" / "latest").read_text().strip()
+    rows = [row for row in rows_of(artifact / "metrics.jsonl") if f"score/{proxy}" in row]
+    steps = [row["step"] for row in rows]
+    kl = _smooth([row["kl"] for row in rows])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for name, color in ((proxy, "C1"), (gold, "C0")):
+        values = _smooth([row[f"score/{name}"] for row in rows])
+        left.plot(steps, values, color=color, label=name)
+        right.plot(kl, values, color=color, label=name)
+    left.set_xlabel("update")
+    right.set_xlabel("KL from sft, nats a response")
+    left.set_ylabel("mean score")
+    left.legend()
+    _save(figure, picture)
+
+
+def _smooth(values: list[float], width: int = 5) -> list[float]:
+    """Mean over the last `width` values."""
+    return [_mean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
+def _save(figure: Any, picture: Path) -> None:
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=130)
+
+
+if __name__ == "__main__":
+    kind, *rest = sys.argv[1:]
+    if kind == "policies":
+        policies(Path(rest[0]), Path(rest[1]))
+    else:
+        sources(Path(rest[0]), Path(rest[1]), rest[2], rest[3])
