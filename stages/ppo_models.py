@@ -49,7 +49,7 @@ def load_models(settings: Settings, inputs: Inputs, accelerator: Accelerator, ou
     on_base = kind == "lora" and _put_on_base(policy, inputs["model"], learned)
     agent = _make_agent(kind, ppo, policy, inputs["model"], learned, on_base, device)
     own = None
-    if on_base:
+    if learned is not None and on_base:
         own = _reward_on_base(learned, ppo.reward_weight, policy, device)
     elif learned is not None:
         own = load_learned(learned, ppo.reward_weight, device)

@@ -10,6 +10,7 @@ from pipeline.settings.evaluate import EvaluateSettings
 from pipeline.settings.grpo import GrpoSettings
 from pipeline.settings.launch import LaunchSettings
 from pipeline.settings.model import LoraSettings, ModelSettings
+from pipeline.settings.online import OnlineSettings
 from pipeline.settings.ppo import PpoSettings
 from pipeline.settings.pretrain import PretrainSettings
 from pipeline.settings.rank import RankSettings
@@ -116,7 +117,9 @@ class Settings(Strict):
         """Whether the policy has prompts and a reward (rules, the user's reward models) without rankings."""
         if self.run.policy == "dpo" or self.has_rankings:
             return False
-        own = {"ppo": self.ppo, "grpo": self.grpo, "rloo": self.rloo}[self.run.policy]
+        kinds: dict[str, PpoSettings | OnlineSettings]
+        kinds = {"ppo": self.ppo, "grpo": self.grpo, "rloo": self.rloo}
+        own = kinds[self.run.policy]
         return own.reward_weight == 0 and own.prompts is not None
 
     def _policy_rows(self) -> tuple[int, int, str]:

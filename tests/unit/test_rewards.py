@@ -78,7 +78,7 @@ def test_a_reward_model_is_normalised_then_clipped_then_weighted() -> None:
     assert parts_B["plain"].tolist() == pytest.approx([(x - 0.1) / 0.5 for x in raw], abs=1e-5)
     assert parts_B["steep"].tolist()[0] == 5.0
     expected = [
-        parts_B["plain"][i] + 2 * parts_B["steep"][i] - penalty
+        parts_B["plain"][i].item() + 2 * parts_B["steep"][i].item() - penalty
         for i, penalty in enumerate((0.25 + 0.125 * 2, 0.125 * 4))
     ]
     assert scores_B.tolist() == pytest.approx(expected)
