@@ -21,13 +21,14 @@ import torch
 from prefline_reviews.rules import features
 
 _BEGINNING = 5  # words that the prompt gives
+_PROMPTS = 4000  # sentences that are prompts, and no demonstrations
 
 
 def main(corpora: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     pairs = sentences(corpora / "movie_reviews.zip")
     random.Random(0).shuffle(pairs)
-    cut = len(pairs) - 4000
+    cut = len(pairs) - _PROMPTS
     _write(
         out / "sft.jsonl",
         [
@@ -89,7 +90,7 @@ def classifier(corpus: Path) -> tuple[dict[str, object], float]:
         optimizer.zero_grad()
         logits = inputs @ weights + bias
         value = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
-        value = value + 3e-5 * weights.square().sum()
+        value = value + 3e-6 * weights.square().sum()
         value.backward()
         return value
 
@@ -107,11 +108,11 @@ def _matrix(rows: list[set[str]], index: dict[str, int]) -> torch.Tensor:
     for row, found in enumerate(rows):
         known = [index[feature] for feature in found if feature in index]
         spots += [(row, column) for column in known]
-        values += [len(known) ** -0.5] * len(known)
+        values += [max(1, len(known)) ** -0.5] * len(known)
     shape = (len(rows), len(index))
     return torch.sparse_coo_tensor(
-        torch.tensor(spots).T, torch.tensor(values), shape
-    ).to_sparse_csr()
+        torch.tensor(spots).T, torch.tensor(values), shape, check_invariants=True
+    )
 
 
 def _labels(rows: list[tuple[set[str], float]]) -> torch.Tensor:
