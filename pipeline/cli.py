@@ -100,6 +100,8 @@ def _run(
         for line in runner.dry_run(draft, until, only):
             print(line)
         return
+    if only:
+        runner.check_ready(draft, only)
     with workspace.writer(draft) as (opened, changes):
         runner.say(f"run {opened.path}")
         for change in changes:

@@ -69,6 +69,18 @@ def select(settings: Settings, until: str | None = None, only: str | None = None
     return steps[: chosen[0] + 1]
 
 
+def check_ready(run: Run, only: str) -> None:
+    """Refuse a stage alone whose inputs are not done, before the run's configuration is changed.
+
+    Raises:
+        ArtifactError: the first of its steps lacks something (those of later rounds may).
+    """
+    states = {state.step.name: state for state in inspect(run)}
+    first = select(run.settings, only=only)[0]
+    if states[first.name].word != "done":
+        _require_inputs(run, first, states)
+
+
 def explain(state: StepState) -> str:
     """What would happen to a step, and why, in one line."""
     name = state.step.name
@@ -138,11 +150,7 @@ def _bring_up_to_date(
             f"{step.name}: {state.text} ({state.work / artifacts.FOLDER})",
             f"Restore the file, or remove {state.work} and run again to make the step anew.",
         )
-    if not _ready(step, states):
-        raise ArtifactError(
-            f"{step.name}: {_lacks(step, states)}",
-            f"prefline run {run.path} --until {step.name}",
-        )
+    _require_inputs(run, step, states)
     _check_inputs(inspector, state, states)
     say(explain(state))
     _run_step(run, crew, state)
@@ -162,6 +170,14 @@ def _published(inspector: Inspector, before: StepState, states: dict[str, StepSt
 
 def _ready(step: Step, states: dict[str, StepState]) -> bool:
     return all(states[name].word == "done" for name in step.inputs.values())
+
+
+def _require_inputs(run: Run, step: Step, states: dict[str, StepState]) -> None:
+    if not _ready(step, states):
+        raise ArtifactError(
+            f"{step.name}: {_lacks(step, states)}",
+            f"prefline run {run.path} --until {step.name}",
+        )
 
 
 def _lacks(step: Step, states: dict[str, StepState]) -> str:

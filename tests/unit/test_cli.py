@@ -214,3 +214,16 @@ def test_the_commands_of_the_policies_are_those_of_the_setting():
     known = get_args(RunSettings.model_fields["policy"].annotation)
     assert known == cli._POLICIES
     assert set(known) == {name for name, stage in STAGES.items() if stage.kind == "policy"}
+
+
+def test_a_stage_that_is_refused_changes_no_setting(config, prefline):
+    run = config.parent / "run"
+    prefline("run", config, "--until", "pretrain")
+    before = (run / "config.yaml").read_bytes(), (run / "events.jsonl").read_bytes()
+    # pretrain is stale with it, so sft has nothing to begin from
+    code, _, err = prefline("sft", run, "pretrain.lr=0.5")
+    assert code != 0
+    assert "sft: needs the result of pretrain, which is stale" in err
+    assert (run / "config.yaml").read_bytes() == before[0]
+    assert (run / "events.jsonl").read_bytes() == before[1]
+    assert prefline("sft", run)[0] == 0
