@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from tests.benchmarks import __main__ as benchmarks
 from tests.benchmarks.__main__ import Benchmark, Result, last_line, page, run
 from tests.benchmarks.common import Interval, Seconds, interleave, json_line, paired_ratio, table
 from tests.benchmarks.limits import forward_flops, matmul_peak
@@ -116,3 +118,25 @@ def test_a_benchmark_that_is_missing_or_takes_too_long_is_reported() -> None:
     assert (late.line, late.problem) == (None, "took longer than 0 s")
     missing = run(Benchmark("b", "no_such_benchmark"), limit=60)
     assert (missing.line, missing.problem) == (None, "failed with exit code 1")
+
+
+def test_the_whole_command_runs_what_is_named_and_writes_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: dict[str, float] = {}
+
+    def run(benchmark: Benchmark, limit: float) -> Result:
+        limits[benchmark.name] = limit
+        line = {"ratio": 2.0, "low": 1.9, "high": 2.1}
+        return Result(benchmark, "python -m it", "said\n", line, "", 1.0)
+
+    monkeypatch.setattr(benchmarks, "run", run)
+    with pytest.raises(SystemExit) as ended:
+        benchmarks.main(["rollout", "scale", "--page", str(tmp_path / "page.md"), "--minutes", "5"])
+    assert not ended.value.code
+    assert list(limits) == ["rollout", "scale"]
+    assert max(limits.values()) <= 300
+    assert "| rollout" in (tmp_path / "page.md").read_text()
+    with pytest.raises(SystemExit) as ended:
+        benchmarks.main(["rolout"])
+    assert ended.value.code == 2
