@@ -145,7 +145,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("kind", choices=("same", "fast"))
     parser.add_argument("--bf16", action="store_true", help="train under bf16 autocast")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     kind = "separate" if options.kind == "same" else "shared"
     name = f"ppo_{options.kind}" + ("_bf16" if options.bf16 else "")

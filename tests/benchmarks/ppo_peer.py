@@ -16,7 +16,7 @@ ratios are wrong. That changes what it learns and not how long it takes.
 from __future__ import annotations
 
 import contextlib
-import sys
+import os
 import tempfile
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -104,7 +104,7 @@ def make_peer(
         nonlocal steps
         steps = 0
         # it prints its progress; a benchmark's last line must be its own
-        with contextlib.redirect_stdout(sys.stderr):
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             trainer.train()
         assert steps == epochs, f"{steps} optimiser steps in {epochs} epochs"
         assert folder.name  # kept until the last update
