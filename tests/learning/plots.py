@@ -47,15 +47,15 @@ def sources(run: Path, picture: Path, proxy: str, gold: str) -> None:
     rows = [row for row in rows_of(artifact / "metrics.jsonl") if f"score/{proxy}" in row]
     steps = [row["step"] for row in rows]
     kl = _smooth([row["kl"] for row in rows])
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for name, color in ((proxy, "C1"), (gold, "C0")):
+    # each has a scale of its own: they are compared in shape, not in size
+    figure, axes = plt.subplots(2, 2, figsize=(9, 5), sharex="col", layout="constrained")
+    for (left, right), name, color in zip(axes, (proxy, gold), ("C1", "C0"), strict=True):
         values = _smooth([row[f"score/{name}"] for row in rows])
-        left.plot(steps, values, color=color, label=name)
-        right.plot(kl, values, color=color, label=name)
-    left.set_xlabel("update")
-    right.set_xlabel("KL from sft, nats a response")
-    left.set_ylabel("mean score")
-    left.legend()
+        left.plot(steps, values, color=color)
+        right.plot(kl, values, color=color)
+        left.set_ylabel(f"{name}, mean score")
+    axes[1, 0].set_xlabel("update")
+    axes[1, 1].set_xlabel("KL from sft, nats a response")
     _save(figure, picture)
 
 
