@@ -140,18 +140,18 @@ def _score(
     batch = make_sequences(ids, responses, tokenizer.pad_token_id, device)
     tokens = {
         "engine_logprobs": [g.logprobs for g in generated],
-        "ref_logprobs": _rows_of(_ref_logprobs(models, batch, ppo), batch),
+        "ref_logprobs": batch.as_lists(_ref_logprobs(models, batch, ppo)),
     }
     tokens["logprobs"] = (
         tokens["engine_logprobs"]
         if models.engine.same_logprobs
-        else _rows_of(agent.logprobs(batch, ppo.rows_per_rank), batch)
+        else batch.as_lists(agent.logprobs(batch, ppo.rows_per_rank))
     )
     # a critic on the policy's trunk has spoken while the response was decoded
     tokens["values"] = (
         [g.values for g in generated]
         if all(g.values for g in generated)
-        else _rows_of(agent.values(batch, ppo.rows_per_rank), batch)
+        else batch.as_lists(agent.values(batch, ppo.rows_per_rank))
     )
     rewards = models.rewards
     if with_gold and models.gold:
@@ -180,13 +180,6 @@ def _ref_logprobs(models: Models, batch: Sequences, ppo: PpoSettings) -> Tensor:
         assert isinstance(policy, PeftModel)
     with nullcontext() if model is not None else active(policy, None):
         return all_logprobs(model or policy, batch, ppo.temperature, ppo.rows_per_rank)
-
-
-def _rows_of(x_BR: Tensor, batch: Sequences) -> list[list[float]]:
-    return [
-        row[:length].tolist()
-        for row, length in zip(x_BR, batch.response_tokens_B.tolist(), strict=True)
-    ]
 
 
 def to_experience(rollout: Rollout, kl_coef: float, ppo: PpoSettings) -> Experience:
@@ -226,7 +219,7 @@ def rollout_metrics(rollout: Rollout, kl_coef: float) -> Metrics:
         "kl_coef": kl_coef,
         "response_tokens": rollout.batch.response_tokens_B.float().mean().item(),
         "eos_rate": rollout.ended_B.float().mean().item(),
-        "repetition": mean_repetition(rollout.batch.response_ids),
+        "repetition": mean_repetition(rollout.batch.as_lists(rollout.batch.responses_BR)),
     }
     if rollout.engine_logprobs_BR is not None:
         apart = ppo_math.kl_estimates(rollout.engine_logprobs_BR, rollout.logprobs_BR, valid_BR)

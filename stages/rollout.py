@@ -8,7 +8,7 @@ neither a mask nor position ids to be right on the real tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,13 +50,6 @@ class Sequences(NamedTuple):
         return self.tokens_BT.gather(-1, spots_BR)
 
     @property
-    def response_ids(self) -> list[list[int]]:
-        """The tokens of each response."""
-        lengths = self.response_tokens_B.tolist()
-        rows = self.responses_BR.tolist()
-        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
-
-    @property
     def predicts_BT(self) -> Tensor:
         """True where the output predicts a response token: in the order of rows, N times."""
         T = self.tokens_BT.shape[1]
@@ -69,6 +62,11 @@ class Sequences(NamedTuple):
         valid_BR = self.valid_BR
         zeros_BR = torch.zeros(valid_BR.shape, dtype=x_N.dtype, device=x_N.device)
         return zeros_BR.masked_scatter(valid_BR, x_N)
+
+    def as_lists(self, x_BR: Tensor) -> list[list[Any]]:
+        """What `x_BR` holds for the response tokens of each row, without the padding."""
+        lengths = self.response_tokens_B.tolist()
+        return [row[:length].tolist() for row, length in zip(x_BR, lengths, strict=True)]
 
     def rows(self, index: list[int]) -> Sequences:
         """Some rows, cut to the longest of them."""

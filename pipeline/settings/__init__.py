@@ -117,9 +117,7 @@ class Settings(Strict):
         """Whether the policy has prompts and a reward (rules, the user's reward models) without rankings."""
         if self.run.policy == "dpo" or self.has_rankings:
             return False
-        kinds: dict[str, PpoSettings | OnlineSettings]
-        kinds = {"ppo": self.ppo, "grpo": self.grpo, "rloo": self.rloo}
-        own = kinds[self.run.policy]
+        own: PpoSettings | OnlineSettings = getattr(self, self.run.policy)
         return own.reward_weight == 0 and own.prompts is not None
 
     def _policy_rows(self) -> tuple[int, int, str]:

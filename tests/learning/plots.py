@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib as mpl
@@ -33,7 +33,7 @@ def policies(results: Path, picture: Path) -> None:
         x, y = [row["kl_nats"] for row in own], [row["win_rate_vs_sft"] for row in own]
         color = f"C{number}"
         axes.scatter(x, y, s=14, color=color, alpha=0.6)
-        axes.scatter([_mean(x)], [_mean(y)], s=90, color=color, label=name, edgecolor="black")
+        axes.scatter([fmean(x)], [fmean(y)], s=90, color=color, label=name, edgecolor="black")
     axes.axhline(0.5, color="gray", linewidth=1, linestyle=":")
     axes.set_xlabel("KL from sft, nats a response")
     axes.set_ylabel("win rate against sft, hidden rubric")
@@ -61,12 +61,7 @@ def sources(run: Path, picture: Path, proxy: str, gold: str) -> None:
 
 def _smooth(values: list[float], width: int = 5) -> list[float]:
     """Mean over the last `width` values."""
-    return [_mean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
-
-
-def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)
+    return [fmean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
 
 
 def _save(figure: Any, picture: Path) -> None:

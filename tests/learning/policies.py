@@ -1,6 +1,6 @@
 """What the same labels are worth to PPO, DPO, GRPO, RLOO and best of n: several seeds of the demo.
 
-    python -m tests.learning.policies OUT [--seeds 0 1 2 3 4] [--jobs 2] [--page docs/results.md]
+    python -m tests.learning.policies OUT [--seeds 0 1 2 3 4] [--variants ppo dpo] [--jobs 2]
 
 Every seed is one run of configs/demo.yaml with its own text, model, annotators and reward model; the
 variants share all of it and differ in the policy's step only. What is there already is not run again.
@@ -19,6 +19,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from scipy import stats
 
 ROOT = Path(__file__).parents[2]
 _PREFLINE = (sys.executable, "-m", "pipeline")
@@ -52,8 +54,10 @@ def run_seed(out: Path, seed: int, order: int, names: list[str]) -> list[dict[st
         if order >= variant.seeds:
             continue
         run = out / f"seed-{seed}"
-        config = run if (run / "config.yaml").exists() else ROOT / "configs" / "demo.yaml"
-        given = (f"run.dir={run}", f"run.seed={seed}") if config.suffix else ()
+        config, given = run, []
+        if not (run / "config.yaml").exists():
+            config = ROOT / "configs" / "demo.yaml"
+            given = [f"run.dir={run}", f"run.seed={seed}"]
         with (out / f"seed-{seed}.log").open("a") as log:
             subprocess.run(
                 [*_PREFLINE, "run", str(config), *given, *variant.settings, "launch.threads=1"],
@@ -112,12 +116,10 @@ def rows_of(run: Path, seed: int, name: str) -> list[dict[str, Any]]:
 
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean over seeds and half of its 95 % interval by Student's t: seeds are few."""
-    # 97.5 % quantiles of t with n - 1 degrees of freedom
-    quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
     n = len(values)
     if n < 2:
         return values[0], math.nan
-    half = quantile[n] * statistics.stdev(values) / math.sqrt(n)
+    half = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
     return statistics.mean(values), half
 
 
