@@ -26,7 +26,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
-from labeling_ui.store import Store, insert_new, log_event, login_failures, open_run_store, users
+from labeling_ui.schema import login_failures, users
+from labeling_ui.store import Store, insert_new, log_event, open_run_store
 from pipeline.errors import EXIT_DONE, DataError, ToolkitError
 
 ROLES = ("annotator", "lead")

@@ -12,8 +12,9 @@ from typing import Any
 
 import gradio as gr
 
-from labeling_ui import assignments, board, display
-from labeling_ui.assignments import SKIP_REASONS, Refused
+from labeling_ui import assignments, board, display, progress
+from labeling_ui.assignments import SKIP_REASONS
+from labeling_ui.forms import Refused
 from labeling_ui.store import Store
 
 _GUIDE = """
@@ -58,7 +59,7 @@ class Handlers:
         return [status, board.board_value(work), prompt, *texts]
 
     def status(self, user_id: int, working: bool) -> str:
-        done, left, busy = assignments.my_progress(self.store, user_id)
+        done, left, busy = progress.my_progress(self.store, user_id)
         if working:
             return f"**{done}** done, **{left}** left"
         if busy:

@@ -33,12 +33,12 @@ def board_value(work: Assignment | None) -> dict[str, Any]:
     """What the browser holds of an assignment: its token, letters and numbers."""
     if work is None:
         return {"token": "", "labels": [], "ranks": [], "revision": 0, "selected": None}
-    ranks = list(work.draft)
+    ranks = list(work.form.ranks)
     unplaced = [i for i, rank in enumerate(ranks) if rank is None]
     return {
         "token": work.token,
         "labels": list(LETTERS[: len(ranks)]),
         "ranks": ranks,
-        "revision": work.draft_revision,
+        "revision": work.revision,
         "selected": unplaced[0] if unplaced else None,
     }

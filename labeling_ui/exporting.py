@@ -15,7 +15,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from labeling_ui.store import Store, rankings, tasks, users
+from labeling_ui.schema import rankings, tasks, users
+from labeling_ui.store import Store
 from pipeline.records import Ranking, hash_fraction, write_jsonl
 
 FORMATS = ("rankings", "pairs", "parquet")
@@ -68,6 +69,8 @@ def snapshot(store: Store, heldout_fraction: float, wanted: Wanted | None = None
             rankings.c.status == "ranked",
             rankings.c.superseded_by.is_(None),
             ~rankings.c.late,
+            # known answers and repeats measure annotators, they teach nothing
+            tasks.c.kind == "rank",
         )
     )
     found: dict[str, Ranking] = {}

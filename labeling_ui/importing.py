@@ -26,17 +26,8 @@ from sqlalchemy.engine import Connection
 
 from labeling_ui.exporting import pseudonyms
 from labeling_ui.layouts import Found, parse
-from labeling_ui.store import (
-    Store,
-    assignments,
-    ensure_user,
-    insert_new,
-    log_event,
-    rankings,
-    task_row,
-    tasks,
-    users,
-)
+from labeling_ui.schema import assignments, rankings, tasks, users
+from labeling_ui.store import Store, ensure_user, insert_new, log_event, task_row
 from pipeline import sources
 from pipeline.errors import DataError
 from pipeline.formats import Unusable

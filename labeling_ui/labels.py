@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sqlite3
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,16 +24,15 @@ import sqlalchemy as sa
 
 from labeling_ui.exporting import FORMATS, pseudonyms, snapshot, write_export
 from labeling_ui.importing import import_rankings
-from labeling_ui.store import (
-    Store,
+from labeling_ui.schema import (
     assignments,
-    log_event,
+    count_filled,
     login_failures,
-    open_run_store,
     rankings,
     tasks,
     users,
 )
+from labeling_ui.store import Store, log_event, open_run_store
 from pipeline.config import load_settings
 from pipeline.errors import EXIT_DONE, DataError, ToolkitError
 from pipeline.settings import Settings
@@ -83,8 +80,16 @@ def forget(store: Store, name: str) -> int:
         gone = 0
         for row in fits:
             mine = rankings.c.user_id == row.id
+            touched = list(
+                tx.execute(
+                    sa.select(assignments.c.task_id).where(assignments.c.user_id == row.id)
+                ).scalars()
+            )
             gone += tx.execute(sa.delete(rankings).where(mine)).rowcount
             tx.execute(sa.delete(assignments).where(assignments.c.user_id == row.id))
+            # repeats were made for this person alone
+            tx.execute(sa.delete(tasks).where(tasks.c.for_user == row.id))
+            count_filled(tx, tasks.c.id.in_(touched))
             tx.execute(sa.delete(users).where(users.c.id == row.id))
             tx.execute(
                 sa.delete(login_failures).where(
@@ -98,22 +103,6 @@ def forget(store: Store, name: str) -> int:
         with store.engine.connect() as connection:
             connection.connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
     return gone
-
-
-def backup(store: Store, to: Path) -> None:
-    """A consistent copy of an SQLite store, also while people work."""
-    if store.file is None:
-        raise DataError(f"{store.name}: not an SQLite store", "Use the database's own backup.")
-    if to.exists():
-        raise DataError(f"{to}: exists already", "Choose another name.")
-    temporary = to.with_name(to.name + ".tmp")
-    source, copy = sqlite3.connect(store.file), sqlite3.connect(temporary)
-    try:
-        source.backup(copy)
-    finally:
-        copy.close()
-        source.close()
-    os.replace(temporary, to)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -155,7 +144,7 @@ def _run(given: argparse.Namespace) -> None:
     elif given.command == "stats":
         print(json.dumps(stats(store), indent=1, ensure_ascii=False))
     elif given.command == "backup":
-        backup(store, given.to)
+        store.backup(given.to)
         print(f"{store.name}: copied to {given.to}")
     else:
         gone = forget(store, given.annotator)

@@ -1,14 +1,21 @@
-"""How many rankings the line waits for: counted in the store, told to `prefline status` by a file."""
+"""How many rankings the line waits for, and how many prompts a person: counted in the store.
+
+`prefline status` is told by a file.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 
-from labeling_ui.store import Store, assignments, queues, tasks, users
+from labeling_ui.handout import mine, open_tasks
+from labeling_ui.schema import assignments, queues, tasks, users
+from labeling_ui.store import Store
 
 PROGRESS_FILE = "rank-progress.json"
 
@@ -18,16 +25,17 @@ def progress(store: Store, step: str) -> tuple[int, int]:
     with store.read() as tx:
         queue = tx.execute(sa.select(queues).where(queues.c.step == step)).one()
         active = (tasks.c.step == step) & tasks.c.active
-        count = tx.execute(sa.select(sa.func.count()).select_from(tasks).where(active)).scalar_one()
-        states = tx.execute(
-            sa.select(assignments.c.task_id, assignments.c.state, sa.func.count())
+        count, filled = tx.execute(
+            sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(tasks.c.filled), 0)).where(
+                active
+            )
+        ).one()
+        unrankable = tx.execute(
+            sa.select(sa.func.count())
             .select_from(assignments.join(tasks).join(users))
-            .where(active, users.c.kind == "person")
-            .where(assignments.c.state.in_(("ranked", "unrankable")))
-            .group_by(assignments.c.task_id, assignments.c.state)
-        ).all()
-    have = sum(number for _, state, number in states if state == "ranked")
-    unrankable = sum(number for _, state, number in states if state == "unrankable")
+            .where(active, users.c.kind == "person", assignments.c.state == "unrankable")
+        ).scalar_one()
+    have = filled - unrankable
     possible = queue.overlap * count - unrankable
     # a minimum that the prompts cannot give would keep the line waiting for ever
     return have, possible if queue.minimum is None else min(queue.minimum, possible)
@@ -45,3 +53,37 @@ def write_progress(run_dir: Path, step: str, have: int, need: int) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(steps), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def my_progress(store: Store, user_id: int, now: float | None = None) -> tuple[int, int, bool]:
+    """(done, left, busy) for one person: prompts they finished and prompts they may still get.
+
+    busy: nothing may be left for them now, but leases of others may end without a ranking.
+    """
+    now = time.time() if now is None else now
+    unfinished = open_tasks().where(tasks.c.filled < queues.c.overlap)
+    finished_by_me = assignments.c.user_id == user_id, assignments.c.state != "leased"
+    # the queue may be long and the leases are few: counted from the leases
+    taken = (
+        unfinished.join(assignments, assignments.c.task_id == tasks.c.id)
+        .where(assignments.c.state == "leased", assignments.c.expires > now)
+        .where(~mine(user_id).exists())
+        .group_by(tasks.c.id, queues.c.overlap, tasks.c.filled)
+        .having(sa.func.count() >= queues.c.overlap - tasks.c.filled)
+        .with_only_columns(tasks.c.id)
+    )
+    by_me = unfinished.join(assignments, assignments.c.task_id == tasks.c.id).where(*finished_by_me)
+
+    def count(query: sa.Select[Any]) -> int:
+        rows = query.with_only_columns(tasks.c.id).subquery()
+        return int(tx.execute(sa.select(sa.func.count()).select_from(rows)).scalar_one())
+
+    with store.read() as tx:
+        done = tx.execute(
+            sa.select(sa.func.count())
+            .select_from(assignments)
+            .where(assignments.c.user_id == user_id, assignments.c.state.in_(("ranked", "late")))
+        ).scalar_one()
+        open_to_me = count(unfinished) - count(by_me)
+        left = open_to_me - count(taken)
+    return int(done), left, open_to_me > 0

@@ -27,8 +27,9 @@ import sqlalchemy as sa
 from labeling_ui.exporting import is_heldout, snapshot
 from labeling_ui.importing import Report, import_rankings
 from labeling_ui.progress import progress, write_progress
+from labeling_ui.schema import queues, tasks
 from labeling_ui.simulate import rank_all
-from labeling_ui.store import STORE_FILE, Store, insert_new, log_event, queues, task_row, tasks
+from labeling_ui.store import STORE_FILE, Store, insert_new, log_event, task_row
 from pipeline import worker
 from pipeline.errors import PeopleNeeded, StageError
 from pipeline.job import Input, Inputs, Metrics, Out

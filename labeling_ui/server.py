@@ -28,9 +28,10 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 from sqlalchemy.engine import Row
 
 from labeling_ui import accounts, guard
-from labeling_ui.assignments import Refused
+from labeling_ui.forms import Refused
 from labeling_ui.progress import progress, write_progress
-from labeling_ui.store import Store, log_event, open_run_store, queues, users
+from labeling_ui.schema import queues, users
+from labeling_ui.store import Store, log_event, open_run_store
 from pipeline.errors import EXIT_DONE, ConfigError, ToolkitError
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")

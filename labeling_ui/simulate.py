@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 import sqlalchemy as sa
 
 from labeling_ui.assignments import claim_task, submit_in
-from labeling_ui.store import Store, ensure_user, tasks
+from labeling_ui.schema import tasks
+from labeling_ui.store import Store, ensure_user
 from pipeline import demo_rubric
 from pipeline.errors import ConfigError
 from pipeline.records import content_id

@@ -11,6 +11,7 @@ SQLAlchemy's default, 714 of 1000 prompts were handed out twice, without an erro
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import sqlite3
 import threading
@@ -25,126 +26,17 @@ from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.engine import Connection, Engine
 
+from labeling_ui import schema
+from labeling_ui.schema import events, meta, users
 from pipeline.config import load_settings
 from pipeline.errors import ArtifactError, DataError
 from pipeline.records import Message, canonical_json, content_id
 from pipeline.settings import Settings
 
-SCHEMA_VERSION = 1
 STORE_FILE = "labels.db"
 SECRETS = ("pseudonyms", "sessions")
-
-schema = sa.MetaData()
-
-meta = sa.Table(
-    "meta",
-    schema,
-    sa.Column("key", sa.String, primary_key=True),
-    sa.Column("value", sa.String, nullable=False),
-)
-users = sa.Table(
-    "users",
-    schema,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("kind", sa.String, nullable=False),  # person | simulated | imported
-    sa.Column("name", sa.String, nullable=False),
-    sa.Column("role", sa.String, nullable=False, default="annotator"),  # annotator | lead
-    sa.Column("password", sa.String),  # scrypt; only people have one
-    sa.Column("active", sa.Boolean, nullable=False, default=True),
-    sa.Column("session", sa.Integer, nullable=False, default=0),  # raised to end all logins
-    sa.Column("created", sa.Float, nullable=False),
-    sa.UniqueConstraint("kind", "name"),
-    sqlite_autoincrement=True,  # the id of a forgotten person is never given to another
-)
-login_failures = sa.Table(
-    "login_failures",
-    schema,
-    sa.Column("key", sa.String, primary_key=True),
-    sa.Column("failures", sa.Integer, nullable=False),
-    sa.Column("last", sa.Float, nullable=False),
-)
-queues = sa.Table(
-    "queues",
-    schema,
-    sa.Column("step", sa.String, primary_key=True),  # the rank step of one round
-    sa.Column("by", sa.String, nullable=False),  # people | simulated
-    sa.Column("overlap", sa.Integer, nullable=False),
-    sa.Column("minimum", sa.Integer),
-    sa.Column("lease_minutes", sa.Integer, nullable=False),
-    sa.Column("open", sa.Boolean, nullable=False),  # closed once its rankings are exported
-)
-tasks = sa.Table(
-    "tasks",
-    schema,
-    sa.Column("id", sa.String, primary_key=True),  # see `task_id`
-    sa.Column("step", sa.String),  # the queue it waits in; null for imported groups
-    sa.Column("round", sa.Integer, nullable=False),
-    sa.Column("origin", sa.String, nullable=False),  # samples digest, or `import`
-    sa.Column("active", sa.Boolean, nullable=False),  # false: the samples have changed since
-    sa.Column("split", sa.String, nullable=False),  # of the prompt: train | validation | test
-    sa.Column("prompt_id", sa.String, nullable=False),
-    sa.Column("messages", sa.Text, nullable=False),
-    sa.Column("responses", sa.Text, nullable=False),  # texts, in the order of their ids
-)
-assignments = sa.Table(
-    "assignments",
-    schema,
-    sa.Column("id", sa.String, primary_key=True),
-    sa.Column("task_id", sa.ForeignKey("tasks.id"), nullable=False, index=True),
-    sa.Column("user_id", sa.ForeignKey("users.id"), nullable=False, index=True),
-    sa.Column("token", sa.String, nullable=False, unique=True),
-    sa.Column("display_order", sa.Text, nullable=False),  # shown place -> place in task.responses
-    # leased | ranked | late (ranked, but others had filled the prompt) | skipped (by me, others
-    # may do it) | unrankable (nobody can: it fills a place)
-    sa.Column("state", sa.String, nullable=False),
-    sa.Column("leased", sa.Float, nullable=False),
-    sa.Column("expires", sa.Float, nullable=False),
-    sa.Column("draft", sa.Text),  # ranks by shown place; null where not placed yet
-    sa.Column("draft_revision", sa.Integer, nullable=False, default=0),
-    sa.UniqueConstraint("task_id", "user_id"),
-)
-rankings = sa.Table(
-    "rankings",
-    schema,
-    sa.Column("id", sa.String, primary_key=True),
-    sa.Column("assignment_id", sa.ForeignKey("assignments.id"), nullable=False),
-    sa.Column("task_id", sa.ForeignKey("tasks.id"), nullable=False, index=True),
-    sa.Column("user_id", sa.ForeignKey("users.id"), nullable=False, index=True),
-    sa.Column("revision", sa.Integer, nullable=False),
-    sa.Column("status", sa.String, nullable=False),  # ranked | skipped
-    sa.Column("ranks", sa.Text),  # by place in task.responses; 1 is best, equal numbers are ties
-    sa.Column("reason", sa.String),  # of a skip
-    sa.Column("late", sa.Boolean, nullable=False, default=False),
-    sa.Column("source", sa.String, nullable=False),  # app | simulated | import:<layout>
-    sa.Column("by_hand", sa.Boolean, nullable=False, default=False),  # `prefline labels import`
-    sa.Column("created", sa.Float, nullable=False),
-    sa.Column("superseded_by", sa.String),
-    sa.UniqueConstraint("assignment_id", "revision"),
-)
-# no foreign key and no name: an event outlives the person it speaks of
-events = sa.Table(
-    "events",
-    schema,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("at", sa.Float, nullable=False),
-    sa.Column("user_id", sa.Integer),
-    sa.Column("kind", sa.String, nullable=False),
-    sa.Column("task_id", sa.String),
-    sa.Column("detail", sa.Text, nullable=False),
-)
-
-_APPEND_ONLY = {
-    "sqlite": (
-        "CREATE TRIGGER IF NOT EXISTS events_no_update BEFORE UPDATE ON events"
-        " BEGIN SELECT RAISE(ABORT, 'events are append-only'); END",
-        "CREATE TRIGGER IF NOT EXISTS events_no_delete BEFORE DELETE ON events"
-        " BEGIN SELECT RAISE(ABORT, 'events are append-only'); END",
-    ),
-    "postgresql": (
-        "CREATE OR REPLACE RULE events_no_update AS ON UPDATE TO events DO INSTEAD NOTHING",
-        "CREATE OR REPLACE RULE events_no_delete AS ON DELETE TO events DO INSTEAD NOTHING",
-    ),
-}
+EXTRA, WRITE = "extra", "write"
+"""Queues that belong to no round: responses brought from elsewhere, and prompts to answer."""
 
 
 class Store:
@@ -192,7 +84,11 @@ class Store:
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """One consistent look at the store; never waits for a writer."""
-        with self.engine.connect().execution_options(prefline_reads=True) as tx, tx.begin():
+        options: dict[str, Any] = {"prefline_reads": True}
+        if not self.is_sqlite:
+            # a reader of SQLite sees one state anyway
+            options["isolation_level"] = "REPEATABLE READ"
+        with self.engine.connect().execution_options(**options) as tx, tx.begin():
             yield tx
 
     def close(self) -> None:
@@ -204,31 +100,67 @@ class Store:
             query = sa.select(meta.c.value).where(meta.c.key == f"secret:{name}")
             return bytes.fromhex(tx.execute(query).scalar_one())
 
+    def backup(self, to: Path) -> None:
+        """A consistent copy of an SQLite store, also while people work; never over a file.
+
+        Raises:
+            DataError: not SQLite, or `to` exists.
+        """
+        if self.file is None:
+            raise DataError(f"{self.name}: not an SQLite store", "Use the database's own backup.")
+        if to.exists():
+            raise DataError(f"{to}: exists already", "Choose another name.")
+        temporary = to.with_name(to.name + ".tmp")
+        source, copy = sqlite3.connect(self.file), sqlite3.connect(temporary)
+        try:
+            source.backup(copy)
+        finally:
+            copy.close()
+            source.close()
+        os.replace(temporary, to)
+
     def _prepare(self) -> None:
-        # only a new store is written to: opening one must not wait for those who write
+        # only a new or an old store is written to: opening one must not wait for those who write
         with self.read() as tx:
-            if sa.inspect(tx).has_table("meta"):
-                self._check_version(tx)
-                return
+            found = self._version(tx)
+        if found == schema.VERSION:
+            return
+        if found is not None:
+            self._migrate(found)
+            return
         with self.write() as tx:
-            schema.create_all(tx)
-            for statement in _APPEND_ONLY.get(self.engine.dialect.name, ()):
-                tx.exec_driver_sql(statement)
+            schema.create(tx)
             # made with the store, so that a backup has the same ones
             secret_rows = [
                 {"key": f"secret:{name}", "value": secrets.token_hex(32)} for name in SECRETS
             ]
-            insert_new(tx, meta, [{"key": "schema", "value": str(SCHEMA_VERSION)}, *secret_rows])
+            insert_new(tx, meta, [{"key": "schema", "value": str(schema.VERSION)}, *secret_rows])
 
-    def _check_version(self, tx: Connection) -> None:
+    def _version(self, tx: Connection) -> int | None:
+        """Schema version of the database; None where there is nothing yet."""
+        if not sa.inspect(tx).has_table("meta"):
+            return None
         query = sa.select(meta.c.value).where(meta.c.key == "schema")
         found = int(tx.execute(query).scalar_one_or_none() or 0)
-        if found > SCHEMA_VERSION:
+        if found > schema.VERSION:
             raise ArtifactError(
                 f"{self.name}: made by a newer version (label store schema {found};"
-                f" this one knows {SCHEMA_VERSION})",
+                f" this one knows {schema.VERSION})",
                 "Update prefline, or use the version that made it.",
             )
+        return found
+
+    def _migrate(self, version: int) -> None:
+        """Bring an older store up to date; an SQLite file is copied beside itself before."""
+        if self.file is not None:
+            copy = self.file.with_name(f"{self.file.name}.schema-{version}.backup")
+            if not copy.exists():
+                self.backup(copy)
+        with self.write() as tx:
+            # another process may have been faster
+            if self._version(tx) == version:
+                schema.migrate(tx, version)
+                log_event(tx, "migrated", None, None, old=version, new=schema.VERSION)
 
 
 def _on_connect(connection: sqlite3.Connection, _record: Any) -> None:
@@ -274,12 +206,19 @@ def task_row(
     origin: str,
     step: str | None = None,
     split: str = "train",
+    **more: Any,
 ) -> dict[str, Any]:
-    """A row of `tasks`. Responses stand in the order of their ids, which tells nothing of them."""
+    """A row of `tasks`. Responses stand in the order of their ids, which tells nothing of them.
+
+    Args:
+        more: further columns, such as `priority`.
+    """
     prompt_id = content_id("prompt", list(messages))
     ordered = sorted(responses, key=lambda text: content_id("response", prompt_id, text))
+    task = task_id(prompt_id, responses, round)
     return {
-        "id": task_id(prompt_id, responses, round),
+        "id": task,
+        "lot": schema.lot(task),
         "step": step,
         "round": round,
         "origin": origin,
@@ -288,6 +227,7 @@ def task_row(
         "prompt_id": prompt_id,
         "messages": canonical_json(list(messages)),
         "responses": canonical_json(ordered),
+        **more,
     }
 
 

@@ -14,7 +14,8 @@ import sqlalchemy as sa
 
 from labeling_ui.accounts import add_user
 from labeling_ui.exporting import snapshot
-from labeling_ui.store import Store, insert_new, queues, task_row, tasks
+from labeling_ui.schema import queues, tasks
+from labeling_ui.store import Store, insert_new, task_row
 
 pytestmark = pytest.mark.browser
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")

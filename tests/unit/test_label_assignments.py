@@ -8,18 +8,11 @@ from collections import Counter
 import pytest
 import sqlalchemy as sa
 
-from labeling_ui.assignments import Refused, claim, save_draft, skip, submit, submit_in
+from labeling_ui.assignments import claim, save_draft, skip, submit, submit_in
+from labeling_ui.forms import Refused
 from labeling_ui.progress import progress
-from labeling_ui.store import (
-    Store,
-    assignments,
-    insert_new,
-    queues,
-    rankings,
-    task_row,
-    tasks,
-    users,
-)
+from labeling_ui.schema import assignments, queues, rankings, tasks, users
+from labeling_ui.store import Store, insert_new, task_row
 
 NOW = 1_000_000.0
 MINUTE = 60.0
@@ -107,8 +100,8 @@ def test_a_person_who_comes_back_finds_the_same_prompt_in_the_same_order_with_th
     assert save_draft(store, ann, first.token, [1, None, 2], 1, NOW)
     again = claim(store, ann, NOW + MINUTE)
     assert (again.token, again.responses) == (first.token, first.responses)
-    assert again.draft == (1, None, 2)
-    assert again.draft_revision == 1
+    assert again.form.ranks == (1, None, 2)
+    assert again.revision == 1
 
 
 def test_an_older_tab_cannot_overwrite_a_newer_draft(tmp_path):
@@ -117,7 +110,7 @@ def test_an_older_tab_cannot_overwrite_a_newer_draft(tmp_path):
     assert save_draft(store, ann, work.token, [1, 2, 3], 5, NOW)
     assert not save_draft(store, ann, work.token, [None, None, None], 5, NOW)
     assert not save_draft(store, ann, work.token, [3, 3, 3], 4, NOW)
-    assert claim(store, ann, NOW).draft == (1, 2, 3)
+    assert claim(store, ann, NOW).form.ranks == (1, 2, 3)
 
 
 def test_a_prompt_begun_by_one_is_finished_before_another_is_begun(tmp_path):

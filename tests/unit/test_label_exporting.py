@@ -9,7 +9,8 @@ import sqlalchemy as sa
 from labeling_ui import labels
 from labeling_ui.assignments import claim, skip, submit
 from labeling_ui.exporting import is_heldout, pair_rows, snapshot, write_export
-from labeling_ui.store import Store, insert_new, log_event, queues, rankings, task_row, tasks, users
+from labeling_ui.schema import queues, rankings, tasks, users
+from labeling_ui.store import Store, insert_new, log_event, task_row
 from pipeline.errors import DataError
 from pipeline.records import Ranking, read_jsonl
 
@@ -160,10 +161,10 @@ def test_a_backup_is_whole_while_others_write_and_overwrites_nothing(run, tmp_pa
     copy = tmp_path / "copy.db"
     with store.write() as tx:
         log_event(tx, "not committed yet")
-        labels.backup(Store(run / "labels.db"), copy)
+        Store(run / "labels.db").backup(copy)
     assert snapshot(Store(copy), 0.15) == snapshot(store, 0.15)
     with pytest.raises(DataError, match="exists already"):
-        labels.backup(store, copy)
+        store.backup(copy)
 
 
 def test_stats_count_what_people_did(run, capsys):

@@ -9,7 +9,8 @@ import sqlalchemy as sa
 from labeling_ui import rank
 from labeling_ui.assignments import claim, submit
 from labeling_ui.importing import import_rankings
-from labeling_ui.store import Store, insert_new, users
+from labeling_ui.schema import users
+from labeling_ui.store import Store, insert_new
 from pipeline import demo_world
 from pipeline.errors import DataError, PeopleNeeded, StageError
 from pipeline.job import Input, Job, Out

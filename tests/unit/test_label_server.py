@@ -10,17 +10,9 @@ import sqlalchemy as sa
 from starlette.testclient import TestClient
 
 from labeling_ui import accounts, app, board, display, guard, server
-from labeling_ui.assignments import Refused
-from labeling_ui.store import (
-    Store,
-    assignments,
-    insert_new,
-    queues,
-    rankings,
-    task_row,
-    tasks,
-    users,
-)
+from labeling_ui.forms import Refused
+from labeling_ui.schema import assignments, queues, rankings, tasks, users
+from labeling_ui.store import Store, insert_new, task_row
 
 LOCAL = "http://127.0.0.1:7860"
 HOSTILE = (
@@ -224,6 +216,7 @@ def handlers(run):
     with store.write() as tx:
         tx.execute(sa.delete(rankings))
         tx.execute(sa.delete(assignments))
+        tx.execute(sa.update(tasks).values(filled=0))
     logins = server.Logins(store)
     return app.Handlers(store, logins.user_id, lambda: server._tell_progress(store, folder))
 

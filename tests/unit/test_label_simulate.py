@@ -4,8 +4,9 @@ import pytest
 import sqlalchemy as sa
 
 from labeling_ui.exporting import snapshot
+from labeling_ui.schema import events, queues, rankings, tasks
 from labeling_ui.simulate import annotators_of, noisy_ranks, rank_all
-from labeling_ui.store import Store, events, insert_new, queues, rankings, task_row, tasks
+from labeling_ui.store import Store, insert_new, task_row
 from pipeline import demo_rubric, demo_world
 from pipeline.errors import ConfigError
 from pipeline.settings.rank import RankSettings

@@ -2,21 +2,23 @@
 
 import sqlite3
 import threading
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 
+from labeling_ui import schema
+from labeling_ui.assignments import claim
+from labeling_ui.exporting import snapshot
+from labeling_ui.schema import VERSION, events, tasks
 from labeling_ui.store import (
-    SCHEMA_VERSION,
     Store,
     ensure_user,
-    events,
     insert_new,
     log_event,
     open_run_store,
     task_id,
     task_row,
-    tasks,
 )
 from pipeline.errors import ArtifactError, DataError
 
@@ -42,8 +44,8 @@ def test_a_store_made_by_a_newer_version_is_refused_and_left_alone(tmp_path):
     path = tmp_path / "labels.db"
     Store(path).close()
     with sqlite3.connect(path) as raw:
-        raw.execute("UPDATE meta SET value = ? WHERE key = 'schema'", (str(SCHEMA_VERSION + 1),))
-    with pytest.raises(ArtifactError, match=rf"newer version .*schema {SCHEMA_VERSION + 1}"):
+        raw.execute("UPDATE meta SET value = ? WHERE key = 'schema'", (str(VERSION + 1),))
+    with pytest.raises(ArtifactError, match=rf"newer version .*schema {VERSION + 1}"):
         Store(path)
 
 
@@ -134,3 +136,59 @@ def test_a_folder_that_is_no_run_is_refused_without_making_a_store(tmp_path):
     with pytest.raises(DataError, match="not a run directory"):
         open_run_store(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- stores of older versions --------------------------------------------------------------
+
+
+@pytest.fixture
+def old_store(tmp_path):
+    """A store of schema 1 with a ranking, a lease with a draft and a simulated ranking."""
+    path = tmp_path / "labels.db"
+    with sqlite3.connect(path) as raw:
+        raw.executescript((Path(__file__).parent / "label_store_1.sql").read_text())
+    return path
+
+
+def test_an_older_store_is_copied_brought_up_to_date_and_loses_nothing(old_store):
+    store = Store(old_store)
+    fresh = Store(old_store.with_name("fresh.db"))
+    for made in (store, fresh):
+        with made.read() as tx:
+            there = sa.inspect(tx)
+            names = there.get_table_names()
+            columns = {t: {c["name"] for c in there.get_columns(t)} for t in names}
+            indexes = {t: {i["name"] for i in there.get_indexes(t)} for t in names}
+        if made is store:
+            migrated = columns, indexes
+    assert migrated == (columns, indexes)
+    with store.read() as tx:
+        filled = dict(tx.execute(sa.select(tasks.c.id, tasks.c.filled)).all())
+        kinds = set(tx.execute(sa.select(tasks.c.kind)).scalars())
+        lots = set(tx.execute(sa.select(tasks.c.lot)).scalars())
+    # a simulated annotator fills no place of a person
+    assert filled == {"00000aa1": 1, "00000bb2": 0, "00000cc3": 0}
+    assert kinds == {"rank"}
+    assert lots == {0xAA, 0xBB, 0xCC}
+    work = claim(store, 1)
+    assert (work.token, work.form.ranks) == ("t2", (None, 1, 2))
+    assert len(snapshot(store, 0.0)) == 2
+    backup = old_store.with_name("labels.db.schema-1.backup")
+    with sqlite3.connect(backup) as raw:
+        assert raw.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone() == ("1",)
+        assert raw.execute("SELECT count(*) FROM rankings").fetchone() == (2,)
+
+
+def test_a_migration_that_fails_leaves_the_old_store(old_store, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("half way")
+
+    monkeypatch.setattr(schema, "count_filled", fails)
+    with pytest.raises(RuntimeError, match="half way"):
+        Store(old_store)
+    with sqlite3.connect(old_store) as raw:
+        assert raw.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone() == ("1",)
+        columns = {row[1] for row in raw.execute("PRAGMA table_info(tasks)")}
+    assert "filled" not in columns
+    monkeypatch.undo()
+    assert claim(Store(old_store), 1).token == "t2"
