@@ -24,6 +24,7 @@ import sqlalchemy as sa
 
 from labeling_ui.exporting import FORMATS, pseudonyms, snapshot, write_export
 from labeling_ui.importing import import_rankings
+from labeling_ui.progress import tell_progress
 from labeling_ui.schema import (
     assignments,
     count_filled,
@@ -135,6 +136,7 @@ def _run(given: argparse.Namespace) -> None:
         bad = given.max_bad_fraction
         limit = rank.max_bad_fraction if bad is None else bad
         print(import_rankings(store, given.sources, limit, by_hand=True).summary())
+        tell_progress(given.run, store)
     elif given.command == "export":
         if not given.to.parent.is_dir():
             raise DataError(f"{given.to.parent}: no such folder")
@@ -148,6 +150,7 @@ def _run(given: argparse.Namespace) -> None:
         print(f"{store.name}: copied to {given.to}")
     else:
         gone = forget(store, given.annotator)
+        tell_progress(given.run, store)
         print(f"{gone} rankings and the account are gone from {store.name}.")
         print(
             "Published artifacts are immutable: those under"

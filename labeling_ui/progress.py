@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from labeling_ui.handout import mine, open_tasks
-from labeling_ui.schema import assignments, queues, tasks, users
-from labeling_ui.store import Store
+from labeling_ui.schema import assignments, queues, rankings, tasks, users
+from labeling_ui.store import EXTRA, WRITE, Store
 
 PROGRESS_FILE = "rank-progress.json"
 
@@ -41,18 +42,83 @@ def progress(store: Store, step: str) -> tuple[int, int]:
     return have, possible if queue.minimum is None else min(queue.minimum, possible)
 
 
-def write_progress(run_dir: Path, step: str, have: int, need: int) -> None:
-    """Note it in RUN/rank-progress.json, whole or not at all."""
+def labels(store: Store, step: str) -> dict[str, int]:
+    """How many rankings an export of this step would hold by people or by hand, and how many rows
+    they have had: with a change of mind there are more of these. Written down with every export, so
+    that labels which came afterwards are noticed.
+    """
+    counted = (rankings.c.status == "ranked") & ~rankings.c.late & (tasks.c.kind == "rank")
+    by_person = users.c.kind == "person"
+    here = by_person & tasks.c.active & (tasks.c.step == step)
+    elsewhere = rankings.c.by_hand | (by_person & (tasks.c.step == EXTRA))
+    query = (
+        sa.select(
+            sa.func.count().filter(rankings.c.superseded_by.is_(None)).label("rankings"),
+            sa.func.count().label("rows"),
+        )
+        .select_from(
+            rankings.join(tasks, tasks.c.id == rankings.c.task_id).join(
+                users, users.c.id == rankings.c.user_id
+            )
+        )
+        .where(counted)
+    )
+    with store.read() as tx:
+        by_people = tx.execute(sa.select(queues.c.by).where(queues.c.step == step)).scalar()
+        counts = elsewhere | here if by_people == "people" else elsewhere
+        row = tx.execute(query.where(counts)).one()
+    return {"rankings": int(row.rankings), "rows": int(row.rows)}
+
+
+def write_progress(run_dir: Path, store: Store, step: str) -> tuple[int, int]:
+    """(have, need), and the same in RUN/rank-progress.json for `prefline status`, whole or not at
+    all."""
+    have, need = progress(store, step)
     path = run_dir / PROGRESS_FILE
     try:
         steps = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         steps = {}
-    steps[step] = {"have": have, "need": need}
+    steps[step] = {"have": have, "need": need, "labels": labels(store, step)}
     # a name of its own: the app and the rank step may both be at it
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(steps), encoding="utf-8")
     os.replace(temporary, path)
+    return have, need
+
+
+def tell_progress(run_dir: Path, store: Store) -> None:
+    """`write_progress` of every rank step that the store knows."""
+    with store.read() as tx:
+        steps = tx.execute(sa.select(queues.c.step)).scalars().all()
+    for step in steps:
+        if step not in (EXTRA, WRITE):
+            write_progress(run_dir, store, step)
+
+
+class Teller:
+    """Tells the progress soon after something was saved, but not more often than people look.
+
+    Counting takes longer the more rankings there are, and many may be saved in a second.
+    """
+
+    def __init__(self, run_dir: Path, store: Store, seconds: float = 1.0) -> None:
+        self._run_dir, self._store = run_dir, store
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._waiting: threading.Timer | None = None
+
+    def soon(self) -> None:
+        with self._lock:
+            if self._waiting is None:
+                self._waiting = threading.Timer(self._seconds, self._now)
+                self._waiting.daemon = True
+                self._waiting.start()
+
+    def _now(self) -> None:
+        with self._lock:
+            self._waiting = None
+        tell_progress(self._run_dir, self._store)
 
 
 def my_progress(store: Store, user_id: int, now: float | None = None) -> tuple[int, int, bool]:

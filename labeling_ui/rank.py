@@ -26,10 +26,10 @@ import sqlalchemy as sa
 
 from labeling_ui.exporting import is_heldout, snapshot
 from labeling_ui.importing import Report, import_rankings
-from labeling_ui.progress import progress, write_progress
+from labeling_ui.progress import labels, write_progress
 from labeling_ui.schema import queues, tasks
 from labeling_ui.simulate import rank_all
-from labeling_ui.store import STORE_FILE, Store, insert_new, log_event, task_row
+from labeling_ui.store import EXTRA, STORE_FILE, WRITE, Store, insert_new, log_event, task_row
 from pipeline import worker
 from pipeline.errors import PeopleNeeded, StageError
 from pipeline.job import Input, Inputs, Metrics, Out
@@ -66,7 +66,9 @@ def rank_in(store: Store, settings: Settings, inputs: Inputs, out: Out) -> Metri
         else:
             wait_for_people(store, out)
 
-    # 3 everything that counts, as one immutable artifact
+    # 3 everything that counts, as one immutable artifact. Counted before it is read: a ranking that
+    # comes between is found to be new
+    out.derived["labels"] = labels(store, out.step)
     rankings = _collect(store, settings, imported.kept | done, out)
     if "rankings" in inputs:
         before = _artifact_rows(inputs["rankings"], "rankings.jsonl")
@@ -82,7 +84,7 @@ def rank_in(store: Store, settings: Settings, inputs: Inputs, out: Out) -> Metri
     out.artifact.mkdir(parents=True, exist_ok=True)
     write_jsonl(out.artifact / "rankings.jsonl", (ranking.to_row() for ranking in rankings))
     write_jsonl(out.artifact / "prompts.jsonl", (prompts[key].to_row() for key in sorted(prompts)))
-    _close_queue(store, out.step)
+    _finish_queue(store, settings, out)
     return describe(rankings) | {"dropped": dict(sorted(dropped.items()))}
 
 
@@ -118,6 +120,9 @@ def queue_samples(
     mine = tasks.c.step == out.step
     with store.write() as tx:
         insert_new(tx, queues, [{"step": out.step, **queue}])
+        # the policy of a round before is not what people should look at now
+        others = queues.c.step.not_in((out.step, EXTRA, WRITE))
+        tx.execute(sa.update(queues).where(others).values(open=False))
         tx.execute(sa.update(queues).where(queues.c.step == out.step).values(**queue))
         # samples of other settings stay in the store, but nobody is asked about them any more
         tx.execute(sa.update(tasks).where(mine).values(active=False))
@@ -135,8 +140,7 @@ def wait_for_people(store: Store, out: Out) -> None:
     Raises:
         PeopleNeeded: with how many there are and how many it takes.
     """
-    have, need = progress(store, out.step)
-    write_progress(out.run_dir, out.step, have, need)
+    have, need = write_progress(out.run_dir, store, out.step)
     if have < need:
         raise PeopleNeeded(f"{out.step}: waiting for people: {have} of {need} rankings")
 
@@ -146,9 +150,11 @@ def _collect(store: Store, settings: Settings, known: Done, out: Out) -> list[Ra
     by_people = settings.rank.by == "people"
 
     def wanted(row: Any) -> bool:
-        by_person_here = row.kind == "person" and row.step == out.step and row.active
+        by_person = row.kind == "person"
+        by_person_here = by_people and by_person and row.step == out.step and row.active
+        from_elsewhere = bool(row.by_hand) or (by_person and row.step == EXTRA)
         is_known = (row.task_id, row.user_id) in known
-        return (by_people and by_person_here) or is_known or bool(row.by_hand)
+        return by_person_here or from_elsewhere or is_known
 
     return snapshot(store, settings.rank.heldout_fraction, wanted)
 
@@ -244,9 +250,12 @@ def _artifact_rows(given: Input, name: str) -> list[dict[str, Any]]:
     return read_jsonl(given.path / name)
 
 
-def _close_queue(store: Store, step: str) -> None:
-    with store.write() as tx:
-        tx.execute(sa.update(queues).where(queues.c.step == step).values(open=False))
+def _finish_queue(store: Store, settings: Settings, out: Out) -> None:
+    """People may go on where places are left: their rankings make this step stale."""
+    if settings.rank.by == "simulated":
+        with store.write() as tx:
+            tx.execute(sa.update(queues).where(queues.c.step == out.step).values(open=False))
+    write_progress(out.run_dir, store, out.step)
 
 
 def _heartbeat(out: Out) -> Any:

@@ -29,8 +29,8 @@ from sqlalchemy.engine import Row
 
 from labeling_ui import accounts, guard
 from labeling_ui.forms import Refused
-from labeling_ui.progress import progress, write_progress
-from labeling_ui.schema import queues, users
+from labeling_ui.progress import Teller
+from labeling_ui.schema import users
 from labeling_ui.store import Store, log_event, open_run_store
 from pipeline.errors import EXIT_DONE, ConfigError, ToolkitError
 
@@ -135,7 +135,7 @@ def create_app(store: Store, run_dir: Path, names: Sequence[str] = LOCAL_NAMES) 
         ("/logout", "POST", logins.log_out),
     ):
         server.add_route(path, handler, methods=[method])
-    handlers = page.Handlers(store, logins.user_id, lambda: _tell_progress(store, run_dir))
+    handlers = page.Handlers(store, logins.user_id, Teller(run_dir, store).soon)
     gradio.mount_gradio_app(
         server,
         page.build(handlers),
@@ -158,14 +158,6 @@ def create_app(store: Store, run_dir: Path, names: Sequence[str] = LOCAL_NAMES) 
         guard.Guard, names=names, has_session=lambda cookie: logins.user_of(cookie) is not None
     )
     return server
-
-
-def _tell_progress(store: Store, run_dir: Path) -> None:
-    with store.read() as tx:
-        wanted = sa.select(queues.c.step).where(queues.c.open, queues.c.by == "people")
-        steps = tx.execute(wanted).scalars().all()
-    for step in steps:
-        write_progress(run_dir, step, *progress(store, step))
 
 
 def names_of(host: str, public_url: str | None) -> list[str]:

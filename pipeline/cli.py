@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import sys
@@ -41,6 +42,15 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, as ppo.kl_coef=0.1."),
 ]
+Wait = Annotated[
+    bool | None,
+    typer.Option(
+        "--wait/--no-wait",
+        help="Wait until people have ranked enough, or end with exit code 3. Default: wait in a"
+        " terminal.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="For scripts.")]
 
 
@@ -57,19 +67,20 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would happen, and do nothing.")
     ] = False,
+    wait: Wait = None,
 ) -> None:
-    """Run what is missing, in order; stop when people are needed.
+    """Run what is missing, in order; wait for people where they are needed.
 
     Steps that are done are left alone. A changed setting runs again what depends on it, and says
     why before it spends time.
 
     Example:  prefline run configs/demo.yaml --until sft sft.lr=2e-3
     """
-    _run(target, overrides, until=until, dry_run=dry_run, finish=until is None)
+    _run(target, overrides, until=until, dry_run=dry_run, finish=until is None, wait=wait)
 
 
 @app.command()
-def resume(target: RunDir) -> None:
+def resume(target: RunDir, wait: Wait = None) -> None:
     """Say what would happen, then continue from the last checkpoint.
 
     Example:  prefline resume runs/demo
@@ -79,7 +90,7 @@ def resume(target: RunDir) -> None:
     for line in runner.dry_run(workspace.open_run(target)):
         runner.say(line)
     runner.say("")
-    _run(target, None, finish=True)
+    _run(target, None, finish=True, wait=wait)
 
 
 def _run(
@@ -90,8 +101,9 @@ def _run(
     only: str | None = None,
     dry_run: bool = False,
     finish: bool = False,
+    wait: bool | None = None,
 ) -> None:
-    from pipeline import runner, sources, workspace
+    from pipeline import runner, sources, waiting, workspace
 
     draft = workspace.draft_run(target, overrides or ())
     runner.select(draft.settings, until, only)
@@ -106,8 +118,12 @@ def _run(
         runner.say(f"run {opened.path}")
         for change in changes:
             runner.say(f"changed: {change}")
+        work = functools.partial(runner.execute, opened, until, only)
         try:
-            states = runner.execute(opened, until, only)
+            if wait if wait is not None else sys.stderr.isatty():
+                states = waiting.until_ranked(opened, work, _how_to_rank(opened.path))
+            else:
+                states = work()
         except PeopleNeeded as error:
             raise PeopleNeeded(error.message, _how_to_rank(opened.path)) from None
         if finish:

@@ -162,6 +162,7 @@ def _published(inspector: Inspector, before: StepState, states: dict[str, StepSt
     assert before.fingerprint is not None
     work = inspector.run.step_dir(before.step.name, before.fingerprint)
     artifacts.remember(work, manifest.read(work), inspector.cache)
+    inspector.accept(work)
     state = inspector.look(before.step, states)
     if state.word != "done":
         raise ArtifactError(f"{before.step.name}: finished, but its result is {state.text}")

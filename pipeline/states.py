@@ -17,6 +17,7 @@ from pipeline.files import HashCache, read_json
 from pipeline.job import Input
 from pipeline.manifest import Manifest
 from pipeline.plan import Step, plan
+from pipeline.records import content_id
 from pipeline.workspace import Run
 
 Word = Literal["done", "running", "partial", "stale", "damaged", "waiting", "failed", "missing"]
@@ -79,6 +80,11 @@ class Inspector:
         self.steps = plan(run.settings)
         self.cache: HashCache = run.hashes()
         self._source_digests: dict[tuple[str, ...], str | None] = {}
+        self._accepted: set[Path] = set()
+
+    def accept(self, work: Path) -> None:
+        """Take the rankings in `work` as they are, though people go on ranking."""
+        self._accepted.add(work)
 
     def look_at_all(self) -> list[StepState]:
         states: dict[str, StepState] = {}
@@ -93,6 +99,10 @@ class Inspector:
             return self._without_inputs(step, before, digests)
         known = {role: digest for role, digest in digests.items() if digest is not None}
         fingerprint = manifest.fingerprint(step, self.run.settings, known)
+        if step.stage.kind == "rankings":
+            found = self._rankings(step, fingerprint, inputs, known)
+            if found is not None:
+                return found
         work = self.run.step_dir(step.name, fingerprint)
         if (work / manifest.NAME).is_file():
             return self._finished(step, fingerprint, work, inputs)
@@ -159,6 +169,46 @@ class Inspector:
             if digests[role] is None:
                 reason = f"input {role} is gone ({', '.join(given)})"
         return StepState(step, "stale", reason, None, old[0], {}, old[1])
+
+    def _rankings(
+        self, step: Step, fingerprint: str, inputs: dict[str, Input], digests: dict[str, str]
+    ) -> StepState | None:
+        """The state of rankings that were exported once; None where they were not.
+
+        The same settings and inputs give another artifact when people have gone on since: the
+        newest one that fits counts, and is stale when the store holds more.
+        """
+        exported = self._exported(step, digests)
+        if not exported:
+            return None
+        work, made = exported[-1]
+        labels = self.run.labels(step.name)
+        then = made.derived.get("labels")
+        if work in self._accepted or labels is None or then is None or then == labels:
+            return self._finished(step, made.fingerprint, work, inputs)
+        more = labels["rankings"] - then["rankings"]
+        words = "new ranking" if more == 1 else "new rankings"
+        reason = f"{more} {words}" if more > 0 else "rankings were changed"
+        fingerprint = content_id("labels", fingerprint, labels)
+        word, progress = self._unfinished(
+            step, fingerprint, self.run.step_dir(step.name, fingerprint)
+        )
+        if word != "missing":
+            work = self.run.step_dir(step.name, fingerprint)
+            return StepState(step, word, progress, fingerprint, work, inputs)
+        return StepState(step, "stale", reason, fingerprint, work, inputs, made)
+
+    def _exported(self, step: Step, digests: dict[str, str]) -> list[tuple[Path, Manifest]]:
+        """Readable results of these settings and inputs, the one in use last."""
+        found, latest = [], self.run.latest(step.name)
+        for path in (self.run.path / step.name).glob(f"*/{manifest.NAME}"):
+            try:
+                made = manifest.read(path.parent)
+            except ArtifactError:
+                continue
+            if manifest.why_stale(made, step, self.run.settings, digests) is None:
+                found.append((path.parent, made))
+        return sorted(found, key=lambda item: (item[0] == latest, item[1].finished))
 
     def _finished(
         self, step: Step, fingerprint: str, work: Path, inputs: dict[str, Input]

@@ -98,11 +98,18 @@ class Run:
 
     def rank_progress(self, step: str) -> tuple[int, int] | None:
         """(have, need) rankings of a rank step, as the label store counted them last."""
+        counts = self._counts(step)
+        return (int(counts.get("have", 0)), int(counts.get("need", 0))) if counts else None
+
+    def labels(self, step: str) -> dict[str, int] | None:
+        """What the label store holds for a rank step; None where nobody has counted."""
+        found = self._counts(step).get("labels")
+        return found if isinstance(found, dict) else None
+
+    def _counts(self, step: str) -> dict[str, Any]:
         row = read_json(self.path / PROGRESS_FILE)
         counts = row.get(step) if isinstance(row, dict) else None
-        if not isinstance(counts, dict):
-            return None
-        return int(counts.get("have", 0)), int(counts.get("need", 0))
+        return counts if isinstance(counts, dict) else {}
 
 
 def now() -> str:

@@ -65,10 +65,14 @@ def run(settings, inputs, out):
             "seed": settings.run.seed,
             "lr": settings.sft.lr if out.stage == "sft" else None,
         }
-        (out.artifact / "result.json").write_text(json.dumps(made, sort_keys=True))
         if out.stage == "rank":
+            counted = out.run_dir / "rank-progress.json"
+            if counted.exists():
+                labels = json.loads(counted.read_text())[out.step].get("labels")
+                out.derived["labels"] = made["labels"] = labels
             row = {"id": "abcdef0123456789", "annotator": "bot-1", "source": "simulated"}
             (out.artifact / "rankings.jsonl").write_text(json.dumps(row) + "\n")
+        (out.artifact / "result.json").write_text(json.dumps(made, sort_keys=True))
     return {"loss": float("nan") if how == "nan" else 0.5, "world_size": out.world_size}
 
 

@@ -9,7 +9,8 @@ import sqlalchemy as sa
 from labeling_ui import rank
 from labeling_ui.assignments import claim, submit
 from labeling_ui.importing import import_rankings
-from labeling_ui.schema import users
+from labeling_ui.progress import tell_progress
+from labeling_ui.schema import queues, users
 from labeling_ui.store import Store, insert_new
 from pipeline import demo_world
 from pipeline.errors import DataError, PeopleNeeded, StageError
@@ -169,14 +170,29 @@ def test_people_are_waited_for_until_there_are_enough(tmp_path):
     with pytest.raises(PeopleNeeded, match="19 of 20"):
         rank.run(people, given, out)
     progress = json.loads((tmp_path / "rank-progress.json").read_text())
-    assert progress == {"rank": {"have": 19, "need": 20}}
+    assert progress["rank"] == {
+        "have": 19,
+        "need": 20,
+        "labels": {"rankings": 19, "rows": 19},
+    }
     work_as(store, alice, 1)
     metrics = rank.run(people, given, out)
     assert metrics["rankings"] == 20
     assert metrics["annotators"] == 1
     assert "alice" not in (out.artifact / "rankings.jsonl").read_text()
-    # the line has gone on: nobody is asked any more
-    assert claim(store, alice) is None
+    assert out.derived["labels"] == {"rankings": 20, "rows": 20}
+    # the line has gone on; people may, too, and what they add is noticed
+    work_as(store, alice, 5)
+    tell_progress(tmp_path, store)
+    progress = json.loads((tmp_path / "rank-progress.json").read_text())
+    assert progress["rank"]["labels"] == {"rankings": 25, "rows": 25}
+    # until the next round asks about other responses
+    later = {"samples": samples(tmp_path, name="later", texts=STORIES[50:])}
+    with pytest.raises(PeopleNeeded):
+        rank.run(people, later, make_out(tmp_path, "rank-2", 2))
+    with store.read() as tx:
+        opened = dict(tx.execute(sa.select(queues.c.step, queues.c.open)).all())
+    assert opened == {"rank": False, "rank-2": True}
 
 
 def test_need_is_overlap_times_prompts(tmp_path):

@@ -11,6 +11,7 @@ from starlette.testclient import TestClient
 
 from labeling_ui import accounts, app, board, display, guard, server
 from labeling_ui.forms import Refused
+from labeling_ui.progress import tell_progress
 from labeling_ui.schema import assignments, queues, rankings, tasks, users
 from labeling_ui.store import Store, insert_new, task_row
 
@@ -218,7 +219,7 @@ def handlers(run):
         tx.execute(sa.delete(assignments))
         tx.execute(sa.update(tasks).values(filled=0))
     logins = server.Logins(store)
-    return app.Handlers(store, logins.user_id, lambda: server._tell_progress(store, folder))
+    return app.Handlers(store, logins.user_id, lambda: tell_progress(folder, store))
 
 
 def test_ranking_all_prompts_with_the_handlers_of_the_page(run, handlers):
@@ -233,7 +234,7 @@ def test_ranking_all_prompts_with_the_handlers_of_the_page(run, handlers):
         )
         assert status.startswith("Saved. ")
         assert json.loads((folder / "rank-progress.json").read_text()) == {
-            "rank": {"have": done, "need": 3}
+            "rank": {"have": done, "need": 3, "labels": {"rankings": done, "rows": done}}
         }
     assert "All done" in status
     assert value["labels"] == []

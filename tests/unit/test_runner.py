@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import artifacts, runner, workspace
+from pipeline import artifacts, runner, waiting, workspace
 from pipeline.errors import (
     ArtifactError,
     ConfigError,
@@ -193,6 +193,98 @@ def test_the_line_waits_for_people_and_says_how_many(config, monkeypatch):
     assert (state.to_row()["state"], state.to_row()["reason"]) == ("waiting", "37 of 120 rankings")
     monkeypatch.delenv("FAKE_RANK")
     assert execute(config)[2][-1].word == "done"
+
+
+def count_labels(config, rankings, rows=None, have=120):
+    """What the ranking app writes after a ranking was saved."""
+    labels = {"rankings": rankings, "rows": rows or rankings}
+    progress = {"rank": {"have": have, "need": 120, "labels": labels}}
+    (config.parent / "run" / "rank-progress.json").write_text(json.dumps(progress))
+
+
+def test_rankings_that_come_after_an_export_make_it_stale_and_stay_in_the_history(config):
+    execute(config, until="sample")
+    count_labels(config, 120)
+    first = {state.step.name: state for state in execute(config)[2]}
+    assert {state.word for state in states(config).values()} == {"done"}
+    count_labels(config, 132)
+    now = states(config)
+    assert now["rank"].text == "stale: 12 new rankings"
+    assert now["reward"].text == "stale: input rank changed"
+    again = {state.step.name: state for state in execute(config)[2]}
+    assert again["rank"].manifest.derived["labels"] == {"rankings": 132, "rows": 132}
+    assert again["rank"].work != first["rank"].work
+    assert (first["rank"].work / "artifact" / "rankings.jsonl").is_file()
+    assert {state.word for state in states(config).values()} == {"done"}
+    # a change of mind and a person who is forgotten are no new rankings
+    for rankings, rows in ((132, 133), (100, 101)):
+        count_labels(config, rankings, rows)
+        assert states(config)["rank"].text == "stale: rankings were changed"
+        execute(config, until="rank")
+        assert states(config)["rank"].word == "done"
+    count_labels(config, 101, 102)
+    assert states(config)["rank"].text == "stale: 1 new ranking"
+
+
+def test_a_run_whose_labels_nobody_counted_is_not_stale(config):
+    execute(config)
+    count_labels(config, 12)
+    assert states(config)["rank"].word == "done"
+
+
+def test_an_export_that_was_killed_goes_on_and_damage_is_seen(config, monkeypatch):
+    execute(config, until="sample")
+    count_labels(config, 120)
+    execute(config, until="rank")
+    count_labels(config, 121)
+    monkeypatch.setenv("FAKE_RANK", "fail")
+    with pytest.raises(StageError):
+        execute(config)
+    assert states(config)["rank"].word == "failed"
+    monkeypatch.delenv("FAKE_RANK")
+    made = execute(config, until="rank")[2][-1]
+    assert (made.word, made.manifest.derived["labels"]["rankings"]) == ("done", 121)
+    (made.work / "artifact" / "rankings.jsonl").write_text("x")
+    assert states(config)["rank"].word == "damaged"
+
+
+def test_a_command_that_waits_shows_the_count_and_goes_on_by_itself(config, monkeypatch, capsys):
+    monkeypatch.setenv("FAKE_RANK", "people")
+    with workspace.writer(workspace.draft_run(config)) as (run, _):
+        rounds = []
+
+        def work():
+            rounds.append(1)
+            return runner.execute(run)
+
+        def people(seconds):
+            # somebody ranks while the line stands still
+            if len(rounds) == 1:
+                monkeypatch.delenv("FAKE_RANK", raising=False)
+                count_labels(config, 120, have=120)
+
+        monkeypatch.setattr(waiting, "sleep", people)
+        made = waiting.until_ranked(run, work, "HOW TO")
+    assert made[-1].word == "done"
+    assert len(rounds) == 2
+    said = capsys.readouterr().err
+    assert "83 more rankings are needed" in said
+    assert "HOW TO" in said
+    assert "rank: 37 of 120 rankings (31%)" in said
+    assert "rank: 120 of 120 rankings (100%)" in said
+
+
+def test_leaving_the_wait_loses_nothing(config, monkeypatch):
+    monkeypatch.setenv("FAKE_RANK", "people")
+
+    def leave(_):
+        raise KeyboardInterrupt
+
+    with workspace.writer(workspace.draft_run(config)) as (run, _):
+        monkeypatch.setattr(waiting, "sleep", leave)
+        with pytest.raises(PeopleNeeded, match="83 more"):
+            waiting.until_ranked(run, lambda: runner.execute(run), "HOW TO")
+    assert states(config)["rank"].text == "waiting for people: 37 of 120 rankings"
 
 
 def test_inputs_that_do_not_fit_together_are_refused_before_the_step(config, monkeypatch):
