@@ -41,6 +41,8 @@ def test_all_keeps_every_strict_pair_with_a_share_of_the_weight():
     expected = [(A, B), (A, B), (A, C), (A, C), (C, A), (B, C), (C, B)]
     assert found == [(*pair, 1.0, third) for pair in expected]
     assert dropped == {"ties": 2}
+    flat = ranking("ann", {A: 1, B: 1, C: 1})
+    assert pairs([flat], "all") == ([], {"ties": 3})
 
 
 def test_soft_has_one_row_for_every_two_responses():

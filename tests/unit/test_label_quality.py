@@ -64,6 +64,11 @@ def test_what_was_never_asked_is_none_and_not_zero():
     assert (bob.median_seconds, bob.first_place_wins, bob.first_place_chance) == (None,) * 3
 
 
+def test_somebody_with_repeats_alone_has_no_skip_rate_to_speak_of():
+    found = of("bob", [Judgement(T, "bob", (1, 2, 3), repeat=True)])
+    assert (found.rankings, found.skips, found.skip_rate) == (0, 0, 0.0)
+
+
 def test_a_tie_in_a_gold_answer_counts_one_half():
     assert of("a", [Judgement(GOLD, "a", (1, 1, 1, 1))]).gold_accuracy.value == 0.5
     assert of("a", [Judgement(GOLD, "a", (4, 3, 1, 1))]).gold_accuracy.value == 0.0
@@ -109,6 +114,8 @@ def test_agreement_with_others_is_that_of_every_other_annotator():
     for found in quality(made):
         same, total = counts[found.annotator]
         assert (found.agreement.value, found.agreement.count) == (same / total, total)
+        assert found.agreement.low < found.agreement.value < found.agreement.high
+        assert found.agreement.prompts > 15
     pooled = sum(same for same, _ in counts.values()) / sum(total for _, total in counts.values())
     assert pairwise_agreement(made).value == pytest.approx(pooled)
 
