@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from labeling_ui.handout import mine, open_tasks
 from labeling_ui.schema import assignments, queues, rankings, tasks, users
-from labeling_ui.store import EXTRA, WRITE, Store
+from labeling_ui.store import EXTRA, Store
 
 PROGRESS_FILE = "rank-progress.json"
 
@@ -24,7 +24,10 @@ PROGRESS_FILE = "rank-progress.json"
 def progress(store: Store, step: str) -> tuple[int, int]:
     """(have, need): rankings by people of the step's tasks, and how many it takes to go on."""
     with store.read() as tx:
-        queue = tx.execute(sa.select(queues).where(queues.c.step == step)).one()
+        queue = tx.execute(sa.select(queues).where(queues.c.step == step)).first()
+        if queue is None:
+            # imported rankings alone
+            return 0, 0
         active = (tasks.c.step == step) & tasks.c.active
         count, filled = tx.execute(
             sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(tasks.c.filled), 0)).where(
@@ -75,10 +78,7 @@ def write_progress(run_dir: Path, store: Store, step: str) -> tuple[int, int]:
     all."""
     have, need = progress(store, step)
     path = run_dir / PROGRESS_FILE
-    try:
-        steps = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        steps = {}
+    steps = _told(run_dir)
     steps[step] = {"have": have, "need": need, "labels": labels(store, step)}
     # a name of its own: the app and the rank step may both be at it
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -87,13 +87,17 @@ def write_progress(run_dir: Path, store: Store, step: str) -> tuple[int, int]:
     return have, need
 
 
+def _told(run_dir: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((run_dir / PROGRESS_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
 def tell_progress(run_dir: Path, store: Store) -> None:
-    """`write_progress` of every rank step that the store knows."""
-    with store.read() as tx:
-        steps = tx.execute(sa.select(queues.c.step)).scalars().all()
-    for step in steps:
-        if step not in (EXTRA, WRITE):
-            write_progress(run_dir, store, step)
+    """`write_progress` of every rank step that was begun."""
+    for step in _told(run_dir):
+        write_progress(run_dir, store, step)
 
 
 class Teller:

@@ -8,8 +8,8 @@ import typer
 from pipeline import cli, errors
 
 SURFACE = {
-    "run": ["target", "overrides", "--until", "--dry-run"],
-    "resume": ["target"],
+    "run": ["target", "overrides", "--until", "--dry-run", "--wait"],
+    "resume": ["target", "--wait"],
     "tokenizer": ["target", "overrides"],
     "pretrain": ["target", "overrides"],
     "sft": ["target", "overrides"],

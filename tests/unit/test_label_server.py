@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 
 from labeling_ui import accounts, app, board, display, guard, server
 from labeling_ui.forms import Refused
-from labeling_ui.progress import tell_progress
+from labeling_ui.progress import write_progress
 from labeling_ui.schema import assignments, queues, rankings, tasks, users
 from labeling_ui.store import Store, insert_new, task_row
 
@@ -219,7 +219,7 @@ def handlers(run):
         tx.execute(sa.delete(assignments))
         tx.execute(sa.update(tasks).values(filled=0))
     logins = server.Logins(store)
-    return app.Handlers(store, logins.user_id, lambda: tell_progress(folder, store))
+    return app.Handlers(store, logins.user_id, lambda: write_progress(folder, store, "rank"))
 
 
 def test_ranking_all_prompts_with_the_handlers_of_the_page(run, handlers):
