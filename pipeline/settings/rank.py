@@ -31,5 +31,14 @@ class RankSettings(Strict):
     """A simulated annotator calls two responses equal when their noisy scores differ by less."""
     lease_minutes: int = unhashed(30, ge=1)
     """A prompt handed to a person returns to the queue after this time without a change."""
+    gold_rate: float = unhashed(0.05, ge=0, le=0.5)
+    """Share of the prompts handed out whose order the lead knows (5-10 % is advised: arXiv 2505.19134).
+
+    A new queue starts with it; afterwards the lead's page decides. Without known answers it does
+    nothing."""
+    repeat_rate: float = unhashed(0.02, ge=0, le=0.5)
+    """Share handed out that are a person's own, once more: how far they agree with themselves.
+
+    One in fifty costs little and gives 20 of them in a thousand. A new queue starts with it."""
     store: str | None = unhashed(None)
     """Label store as an SQLAlchemy URL; null is labels.db in the run directory."""

@@ -1,0 +1,146 @@
+"""Prompts whose order is known: made from a task of the store or read from a file, never exported.
+
+They look like all others to those who rank them. How a person orders them says how far their other
+answers can be trusted. Answers are always scored by the ranks that stand here now, so a mistake that
+is corrected is corrected for everybody.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from labeling_ui.administration import acting
+from labeling_ui.forms import Refused, dense
+from labeling_ui.layouts import parse
+from labeling_ui.schema import lot, tasks
+from labeling_ui.store import Store, insert_new, log_event, task_row
+from pipeline.formats import Unusable
+from pipeline.records import Message, canonical_json, content_id
+
+MOST_RESPONSES = 9
+"""The ranking page has letters for so many."""
+
+
+@dataclass
+class Imported:
+    """What an import of known answers did."""
+
+    stored: int = 0
+    unchanged: int = 0
+    refused: list[str] = field(default_factory=list)
+    """line and reason of each row that could not be used."""
+
+    def summary(self) -> str:
+        said = f"{self.stored} stored, {self.unchanged} were there already"
+        if self.refused:
+            said += f", {len(self.refused)} refused"
+        return "; ".join([said, *self.refused[:5]])
+
+
+def make_gold(store: Store, user_id: int, task: str, ranks: Sequence[object]) -> str:
+    """Copy a task as a known answer with these ranks (by stored place); id of the copy.
+
+    Choose tasks that are finished: whoever may still rank the original would see it twice.
+    """
+    with acting(store, user_id) as tx:
+        query = sa.select(tasks).where(tasks.c.id == task, tasks.c.kind == "rank")
+        found = tx.execute(query).mappings().first()
+        if found is None:
+            raise Refused("Choose a prompt with responses that people rank.")
+        responses = json.loads(found["responses"])
+        # repeat_of leads back to the original
+        row = {**found, "origin": "lead", "repeat_of": task}
+        return _put(tx, user_id, row, _ranks(ranks, len(responses)))[0]
+
+
+def import_gold(store: Store, user_id: int, text: str) -> Imported:
+    """Known answers from JSONL, a row each: prompt (or messages) and responses with ranks.
+
+    The layout is that of groups in `labeling_ui.layouts`. The same row again changes nothing; other
+    ranks for the same responses replace those that were there.
+    """
+    report = Imported()
+    with acting(store, user_id) as tx:
+        for number, line in enumerate(text.splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                row, ranks = _row_of(line)
+            except (Unusable, Refused) as error:
+                report.refused.append(f"line {number}: {error}")
+                continue
+            is_new = _put(tx, user_id, row, ranks)[1]
+            report.stored += is_new
+            report.unchanged += not is_new
+    if not (report.stored or report.unchanged or report.refused):
+        raise Refused("There is no row: write one JSON object on each line.")
+    return report
+
+
+def retire_gold(store: Store, user_id: int, task: str, active: bool = False) -> bool:
+    """Hand a known answer out no more (or again); answers to a retired one count for nobody."""
+    with acting(store, user_id) as tx:
+        query = sa.select(tasks.c.active).where(tasks.c.id == task, tasks.c.kind == "gold")
+        was = tx.execute(query).scalar()
+        if was is None:
+            raise Refused("This is no known answer.")
+        if bool(was) == active:
+            return False
+        tx.execute(sa.update(tasks).where(tasks.c.id == task).values(active=active))
+        log_event(tx, "gold used again" if active else "gold retired", user_id, task)
+        return True
+
+
+# ---- parts ---------------------------------------------------------------------------------
+
+
+def _put(
+    tx: Connection, user_id: int, row: Mapping[str, Any], ranks: list[int]
+) -> tuple[str, bool]:
+    """Store a known answer; its id, and whether anything changed."""
+    responses = json.loads(row["responses"])
+    task = content_id("gold", row["prompt_id"], responses)
+    gold = canonical_json(ranks)
+    before = tx.execute(sa.select(tasks.c.gold, tasks.c.active).where(tasks.c.id == task)).first()
+    if before is not None and before.gold == gold and before.active:
+        return task, False
+    own = {"id": task, "kind": "gold", "gold": gold, "active": True, "step": None}
+    own |= {"lot": lot(task), "filled": 0, "priority": 0.0, "selection_probability": None}
+    insert_new(tx, tasks, [{**row, **own}])
+    tx.execute(sa.update(tasks).where(tasks.c.id == task).values(gold=gold, active=True))
+    old = json.loads(before.gold) if before is not None else None
+    log_event(tx, "gold", user_id, task, ranks=[old, ranks])
+    return task, True
+
+
+def _row_of(line: str) -> tuple[dict[str, Any], list[int]]:
+    """A row of `tasks` and its ranks, in stored order."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        raise Unusable("this is no JSON") from None
+    if not isinstance(value, dict) or not isinstance(value.get("responses"), list):
+        raise Unusable("it has no list of responses")
+    found = parse(value)
+    messages: list[Message] = list(found.messages)
+    row = task_row(messages, found.responses, round=1, origin="import")
+    rank_of = dict(zip(found.responses, found.ranks, strict=True))
+    ranks = [rank_of[text] for text in json.loads(row["responses"])]
+    return row, _ranks(ranks, len(ranks))
+
+
+def _ranks(ranks: Sequence[object], count: int) -> list[int]:
+    whole = [rank for rank in ranks if type(rank) is int and 1 <= rank <= count]
+    if len(ranks) != count or len(whole) != count:
+        raise Refused(f"Give each of the {count} responses a rank from 1 to {count}.")
+    if len(set(whole)) == 1:
+        raise Refused("A known answer needs two responses that differ.")
+    if count > MOST_RESPONSES:
+        raise Refused(f"The ranking page shows at most {MOST_RESPONSES} responses.")
+    return dense(whole)
