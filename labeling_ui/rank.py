@@ -5,7 +5,8 @@ annotators (`rank.by: simulated`) or waits for people: too few rankings end the 
 and `prefline resume` goes on once there are enough. Rankings of the round before are carried over.
 
 Reads: `samples` (artifact), `data` (rankings made elsewhere), `rankings` (of the round before).
-Writes: rankings.jsonl (records.Ranking), prompts.jsonl (records.Prompt).
+Writes: rankings.jsonl (records.Ranking), prompts.jsonl (records.Prompt), annotators.json (quality
+and weight of each annotator, which the reward stage trains with).
 Command: prefline rank RUN opens the app; prefline resume RUN runs this step.
 
 Metrics: rankings, prompts, annotators, mean_responses; strict_pairs (what the reward model learns
@@ -16,6 +17,7 @@ suspicious, null without overlap); train, heldout; dropped by reason.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import closing
@@ -31,6 +33,7 @@ from labeling_ui.progress import labels, write_progress
 from labeling_ui.schema import queues, tasks
 from labeling_ui.simulate import rank_all
 from labeling_ui.store import EXTRA, STORE_FILE, WRITE, Store, insert_new, log_event, task_row
+from labeling_ui.weighing import annotator_rows
 from pipeline import worker
 from pipeline.errors import PeopleNeeded, StageError
 from pipeline.job import Input, Inputs, Metrics, Out
@@ -85,6 +88,10 @@ def rank_in(store: Store, settings: Settings, inputs: Inputs, out: Out) -> Metri
     out.artifact.mkdir(parents=True, exist_ok=True)
     write_jsonl(out.artifact / "rankings.jsonl", (ranking.to_row() for ranking in rankings))
     write_jsonl(out.artifact / "prompts.jsonl", (prompts[key].to_row() for key in sorted(prompts)))
+    annotators = annotator_rows(store, settings.rank)
+    text = json.dumps(annotators, indent=1, sort_keys=True, ensure_ascii=False)
+    (out.artifact / "annotators.json").write_text(text + "\n", encoding="utf-8")
+    _say_weights(annotators, out)
     _finish_queue(store, settings, out)
     return describe(rankings) | {"dropped": dict(sorted(dropped.items()))}
 
@@ -116,8 +123,14 @@ def queue_samples(
             "Raise sample.responses_per_prompt or sample.temperature.",
         )
     rank = settings.rank
-    queue = {"by": rank.by, "overlap": rank.overlap, "minimum": rank.minimum, "open": True}
+    queue: dict[str, Any] = {
+        "by": rank.by,
+        "overlap": rank.overlap,
+        "minimum": rank.minimum,
+        "open": True,
+    }
     queue["lease_minutes"] = rank.lease_minutes
+    queue |= {"gold_rate": rank.gold_rate, "repeat_rate": rank.repeat_rate}
     mine = tasks.c.step == out.step
     with store.write() as tx:
         insert_new(tx, queues, [{"step": out.step, **queue}])
@@ -240,6 +253,15 @@ def _sampled_prompts(inputs: Inputs) -> dict[str, Prompt]:
 def _artifact_rows(given: Input, name: str) -> list[dict[str, Any]]:
     assert given.path is not None, f"{given.role} is an artifact of a step"
     return read_jsonl(given.path / name)
+
+
+def _say_weights(annotators: list[dict[str, Any]], out: Out) -> None:
+    for row in annotators:
+        if row["weight"] != 1:
+            out.say(
+                f"{row['annotator']} weighs {row['weight']:.2f}: right in"
+                f" {row['gold_accuracy']:.0%} of {row['gold_items']} known answers"
+            )
 
 
 def _finish_queue(store: Store, settings: Settings, out: Out) -> None:

@@ -49,7 +49,7 @@ from stages.models import (
     new_reward_model,
 )
 from stages.prompts import PromptIds, encode_prompts, load_prompts, longest_prompt, of_split
-from stages.ranked_data import encode_rankings, encode_to_train_on, longest_row
+from stages.ranked_data import annotator_weights, encode_rankings, encode_to_train_on, longest_row
 from stages.reward_measures import measure
 from stages.reward_training import train_reward_model
 from stages.rollout import all_logprobs, make_sequences, score_all
@@ -266,7 +266,11 @@ def _second_reward_model(
     model = new_reward_model(start_from, settings.reward.dropout)
     max_length = longest_row(settings.reward, model)
     unseen, tally = encode_to_train_on(
-        [r for r in rankings if r.split == "heldout"], tokenizer, max_length, settings.reward
+        [r for r in rankings if r.split == "heldout"],
+        tokenizer,
+        max_length,
+        settings.reward,
+        annotator_weights(inputs["rankings"].path, settings.reward),
     )
     seen, _ = encode_rankings([r for r in rankings if r.split == "train"], tokenizer, max_length)
     if not unseen:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,6 +41,21 @@ def longest_row(settings: RewardSettings, model: PreTrainedModel) -> int:
     return min(settings.max_length, positions(model) or settings.max_length)
 
 
+def annotator_weights(rankings: Path, settings: RewardSettings) -> dict[str, float]:
+    """Weight of annotators by name: what the rank step found, times what the settings say.
+
+    Args:
+        rankings: the folder of the artifact.
+    """
+    file = rankings / "annotators.json"
+    # rankings of a version that weighed nobody have no such file
+    rows = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    weights = {row["annotator"]: float(row["weight"]) for row in rows}
+    for name, weight in settings.annotator_weights.items():
+        weights[name] = weights.get(name, 1.0) * weight
+    return weights
+
+
 def encode_group(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], responses: list[str]
 ) -> PromptGroup:
@@ -61,8 +78,10 @@ def encode_to_train_on(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     settings: RewardSettings,
+    weights: Mapping[str, float],
 ) -> tuple[list[EncodedRanking], Tally]:
-    """The rankings as `settings` weigh and merge them; what is left out is counted by reason.
+    """The rankings as `settings` merge them and each annotator weighs (1 where none is given); what
+    is left out is counted by reason.
 
     With soft labels, the rankings of the same responses are one, with a vote each.
     """
@@ -71,7 +90,7 @@ def encode_to_train_on(
         rankings,
         tokenizer,
         max_length,
-        settings.annotator_weights,
+        weights,
         ties_count=settings.soft_labels,
         most_tied=most_tied,
     )

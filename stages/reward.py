@@ -44,6 +44,7 @@ from stages.models import (
 )
 from stages.ranked_data import (
     EncodedRanking,
+    annotator_weights,
     encode_group,
     encode_rankings,
     encode_to_train_on,
@@ -68,7 +69,15 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     model = new_reward_model(inputs["model"], settings.reward.dropout)
     add_heads(model, settings.reward.heads, seed)
     max_length = longest_row(settings.reward, model)
-    train, heldout = _split(rankings, settings.reward, tokenizer, max_length, out)
+    weights = annotator_weights(inputs["rankings"].path, settings.reward)
+    uneven = {name: weight for name, weight in sorted(weights.items()) if weight != 1}
+    out.derived["annotator_weights"] = uneven
+    unknown = settings.reward.annotator_weights.keys() - {r.annotator for r in rankings}
+    if unknown:
+        # not an error: in a later round they may have ranked
+        names = ", ".join(sorted(unknown))
+        out.say(f"reward.annotator_weights: no ranking is by {names}")
+    train, heldout = _split(rankings, settings.reward, weights, tokenizer, max_length, out)
     model = add_lora(model, settings.reward.lora, "reward").to(accelerator.device)
     everything = [ranking.group for ranking in train + heldout]
     share_prefix = decide_sharing(settings.reward.share_prefix, model, everything, pad_id, out)
@@ -142,16 +151,12 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
 def _split(
     rankings: list[Ranking],
     settings: RewardSettings,
+    weights: dict[str, float],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     out: Out,
 ) -> tuple[list[EncodedRanking], list[EncodedRanking]]:
     """What to train on and what to measure with."""
-    unknown = settings.annotator_weights.keys() - {r.annotator for r in rankings}
-    if unknown:
-        # not an error: in a later round they may have ranked
-        names = ", ".join(sorted(unknown))
-        out.say(f"reward.annotator_weights: no ranking is by {names}")
 
     def checked(split: str, encoded: list[EncodedRanking], tally: Tally) -> list[EncodedRanking]:
         out.say(f"{split} rankings: {tally.summary()}")
@@ -166,7 +171,7 @@ def _split(
     def of(split: str) -> list[Ranking]:
         return [ranking for ranking in rankings if ranking.split == split]
 
-    train = encode_to_train_on(of("train"), tokenizer, max_length, settings)
+    train = encode_to_train_on(of("train"), tokenizer, max_length, settings, weights)
     heldout = encode_rankings(of("heldout"), tokenizer, max_length)
     return checked("train", *train), checked("heldout", *heldout)
 

@@ -21,6 +21,11 @@ class RankSettings(Strict):
     """Different annotators who rank each prompt."""
     minimum: int | None = Field(None, ge=1)
     """The line goes on when this many rankings are in; null is overlap for every prompt."""
+    weigh_by: Literal["gold", "none"] = "gold"
+    """gold: an annotator's rankings weigh by log-odds of being right on known answers (Nitzan and Paroush
+    1982), 1 for the average and where nothing is known, 0 below chance. none: all weigh 1."""
+    min_gold_accuracy: float | None = Field(None, gt=0, lt=1)
+    """Annotators whose accuracy on known answers is lower get weight 0; null leaves nobody out."""
     heldout_fraction: float = Field(0.15, gt=0, lt=0.9)
     """Prompts whose rankings the reward model never sees (chosen by a hash of the prompt)."""
     annotators: int = Field(3, ge=1, le=100)

@@ -29,8 +29,8 @@ class RewardSettings(Strict):
     """Weight of a second loss: the best response of a ranking must score higher behind its own prompt than
     behind a similar one. A small model otherwise learns to score without reading the prompt (measured)."""
     annotator_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
-    """Weight of an annotator's rankings in training, by the name in `rankings.jsonl`; 1 where not given, 0
-    leaves them out. Held-out rankings all count the same."""
+    """Weight of an annotator's rankings in training, by the name in `rankings.jsonl`, times what the rank step
+    found (`rank.weigh_by`); 1 where not given, 0 leaves them out. Held-out rankings all count the same."""
     heads: int = Field(1, ge=1, le=64)
     """Scalar heads on the one trunk, each trained on its own bootstrap of the rankings; the published score
     is their mean, and their spread says how sure it is (arXiv 2203.07472; 4 or 5 are common)."""

@@ -8,10 +8,11 @@ import sqlalchemy as sa
 
 from labeling_ui import rank
 from labeling_ui.assignments import claim, submit
+from labeling_ui.exporting import pseudonyms
 from labeling_ui.importing import import_rankings
 from labeling_ui.progress import tell_progress
-from labeling_ui.schema import queues, users
-from labeling_ui.store import Store, insert_new
+from labeling_ui.schema import queues, tasks, users
+from labeling_ui.store import Store, insert_new, task_row
 from pipeline import demo_world
 from pipeline.errors import DataError, PeopleNeeded, StageError
 from pipeline.job import Input, Job, Out
@@ -283,3 +284,64 @@ def test_agreement_is_counted_by_hand_in_a_small_case():
     assert rank.agreement([base, other]) == pytest.approx(2 / 3)
     assert rank.agreement([base, tied]) == pytest.approx(1 / 2)
     assert rank.agreement([base]) is None
+
+
+def gold_tasks(store, count):
+    """Known answers: `best` before `good` before `bad`."""
+    texts = ["best", "good", "bad"]
+    rows = []
+    for i in range(count):
+        ask = [{"role": "user", "content": f"known {i}"}]
+        row = task_row(ask, texts, round=1, origin="import", kind="gold")
+        ranks = [texts.index(text) + 1 for text in json.loads(row["responses"])]
+        rows.append({**row, "gold": json.dumps(ranks)})
+    with store.write() as tx:
+        insert_new(tx, tasks, rows)
+
+
+def rank_gold(store, name, order):
+    """Rank all there is as `name`: known answers by `order`, the rest by length."""
+    with store.write() as tx:
+        insert_new(tx, users, [{"kind": "person", "name": name, "created": 0.0}])
+        user = tx.execute(sa.select(users.c.id).where(users.c.name == name)).scalar_one()
+    while (work := claim(store, user)) is not None:
+        if set(work.responses) == set(order):
+            ranks = [order.index(text) + 1 for text in work.responses]
+        else:
+            ranks = [sorted(work.responses, key=len).index(text) + 1 for text in work.responses]
+        submit(store, user, work.token, ranks)
+
+
+def test_annotators_weigh_by_how_often_known_answers_prove_them_right(tmp_path):
+    given, out = {"samples": samples(tmp_path)}, make_out(tmp_path)
+    people = {"by": "people", "overlap": 2, "minimum": 1, "gold_rate": 0.5, "repeat_rate": 0}
+    with pytest.raises(PeopleNeeded):
+        rank.run(settings(**people), given, out)
+    store = Store(tmp_path / "labels.db")
+    gold_tasks(store, 12)
+    rank_gold(store, "careful", ["best", "good", "bad"])
+    rank_gold(store, "careless", ["bad", "good", "best"])
+    shown = pseudonyms(store)
+    rank.run(settings(**people, min_gold_accuracy=0.6), given, out)
+    rows = {
+        row["annotator"]: row for row in json.loads((out.artifact / "annotators.json").read_text())
+    }
+    careful, careless = (rows[shown("person", name)] for name in ("careful", "careless"))
+    assert (careful["gold_accuracy"], careless["gold_accuracy"]) == (1.0, 0.0)
+    assert careful["gold_items"] > 3
+    assert careless["weight"] == 0
+    text = (out.artifact / "annotators.json").read_text()
+    assert '"careful"' not in text
+    # known answers are no rankings of this round
+    assert not any(r.messages[0]["content"].startswith("known") for r in written(out))
+    rank.run(settings(**people, weigh_by="none"), given, out)
+    rows = json.loads((out.artifact / "annotators.json").read_text())
+    assert {row["weight"] for row in rows} == {1.0}
+
+
+def test_without_known_answers_everybody_weighs_the_same(tmp_path):
+    out = make_out(tmp_path)
+    rank.run(settings(overlap=2), {"samples": samples(tmp_path)}, out)
+    rows = json.loads((out.artifact / "annotators.json").read_text())
+    assert {row["annotator"]: row["weight"] for row in rows} == {f"sim-{i}": 1.0 for i in (1, 2, 3)}
+    assert all(row["gold_accuracy"] is None and row["agreement"] > 0.5 for row in rows)

@@ -268,6 +268,17 @@ def test_an_annotator_of_weight_zero_is_left_out_and_one_who_is_unknown_is_named
     assert "reward.annotator_weights: no ranking is by zoe" in capsys.readouterr().err
 
 
+def test_the_weights_that_the_rank_step_found_are_trained_with(tmp_path: Path, base: Path) -> None:
+    given = job(tmp_path, base, annotator_weights={"a1": 3.0})
+    folder = given.inputs["rankings"].path
+    assert folder is not None
+    rows = [{"annotator": "a0", "weight": 0.0}, {"annotator": "a1", "weight": 0.5}]
+    (folder / "annotators.json").write_text(json.dumps(rows))
+    metrics, out = run(given)
+    assert out.derived["annotator_weights"] == {"a0": 0.0, "a1": 1.5}
+    assert metrics["rankings_trained"] == 16
+
+
 def test_rankings_without_an_order_are_refused(tmp_path: Path, base: Path) -> None:
     tied = [
         Ranking(r.messages, r.responses, (1, 1, 1, 1), r.annotator, r.split) for r in rankings(10)
