@@ -115,7 +115,7 @@ def test_agreement_with_others_is_that_of_every_other_annotator():
         same, total = counts[found.annotator]
         assert (found.agreement.value, found.agreement.count) == (same / total, total)
         assert found.agreement.low < found.agreement.value < found.agreement.high
-        assert found.agreement.prompts > 15
+        assert found.agreement.prompts > 5
     pooled = sum(same for same, _ in counts.values()) / sum(total for _, total in counts.values())
     assert pairwise_agreement(made).value == pytest.approx(pooled)
 
