@@ -88,7 +88,7 @@ def rank_in(store: Store, settings: Settings, inputs: Inputs, out: Out) -> Metri
     out.artifact.mkdir(parents=True, exist_ok=True)
     write_jsonl(out.artifact / "rankings.jsonl", (ranking.to_row() for ranking in rankings))
     write_jsonl(out.artifact / "prompts.jsonl", (prompts[key].to_row() for key in sorted(prompts)))
-    annotators = annotator_rows(store, settings.rank)
+    annotators = annotator_rows(store, rankings, settings.rank)
     text = json.dumps(annotators, indent=1, sort_keys=True, ensure_ascii=False)
     (out.artifact / "annotators.json").write_text(text + "\n", encoding="utf-8")
     _say_weights(annotators, out)

@@ -314,12 +314,13 @@ def rank_gold(store, name, order):
 
 def test_annotators_weigh_by_how_often_known_answers_prove_them_right(tmp_path):
     given, out = {"samples": samples(tmp_path)}, make_out(tmp_path)
-    people = {"by": "people", "overlap": 2, "minimum": 1, "gold_rate": 0.5, "repeat_rate": 0}
+    people = {"by": "people", "overlap": 3, "minimum": 1, "gold_rate": 0.5, "repeat_rate": 0}
     with pytest.raises(PeopleNeeded):
         rank.run(settings(**people), given, out)
     store = Store(tmp_path / "labels.db")
     gold_tasks(store, 12)
-    rank_gold(store, "careful", ["best", "good", "bad"])
+    for name in ("careful", "as careful"):
+        rank_gold(store, name, ["best", "good", "bad"])
     rank_gold(store, "careless", ["bad", "good", "best"])
     shown = pseudonyms(store)
     rank.run(settings(**people, min_gold_accuracy=0.6), given, out)
