@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -61,7 +62,8 @@ def _people(store: Store) -> dict[str, AnnotatorQuality]:
         people = tx.execute(sa.select(users).where(users.c.kind == "person")).all()
         names = {str(user.id): shown(user.kind, user.name) for user in people}
         said = [found for found in Judgements().read(tx) if found.annotator in names]
-    return {names[one.annotator]: one for one in quality(said)}
+    found = [replace(one, annotator=names[one.annotator]) for one in quality(said)]
+    return {one.annotator: one for one in found}
 
 
 def _weights(found: list[AnnotatorQuality], settings: RankSettings) -> dict[str, float]:
