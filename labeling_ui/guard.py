@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 
 COOKIE = "prefline_session"
 SESSION_SECONDS = 12 * 3600
-MAX_BODY_BYTES = 64 * 1024
+# the longest text that a page takes, in letters of four bytes
+MAX_BODY_BYTES = 256 * 1024
 
 # Gradio's pages need inline scripts and eval. What matters holds: nothing is loaded from, sent to
 # or framed by another place.
@@ -36,6 +37,11 @@ HEADERS = {
     "permissions-policy": "camera=(), microphone=(), geolocation=()",
     "cache-control": "no-store",
 }
+
+_FOR_LEADS = (
+    '<!doctype html><html lang="en"><meta charset="utf-8"><title>For leads</title>'
+    '<p>This page is for leads. Yours is the <a href="/ui/">ranking page</a>.</p></html>'
+)
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -95,13 +101,15 @@ class Guard:
 
     Args:
         names: host names under which this server is reached.
-        has_session: whether a Cookie header belongs to somebody who is logged in.
+        role_of: the role of whoever is logged in with a Cookie header; None for strangers.
     """
 
-    def __init__(self, app: App, names: Iterable[str], has_session: Callable[[str], bool]) -> None:
+    def __init__(
+        self, app: App, names: Iterable[str], role_of: Callable[[str], str | None]
+    ) -> None:
         self.app = app
         self.names = {name.lower() for name in names}
-        self.has_session = has_session
+        self.role_of = role_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -155,8 +163,23 @@ class Guard:
                 return 411, "A request must say how long it is.", {}
             if int(length) > MAX_BODY_BYTES:
                 return 413, f"A request may hold {MAX_BODY_BYTES} bytes.", {}
-        if path.rstrip("/") == "/ui" and not self.has_session(headers.get("cookie", "")):
-            return 303, "Log in first.", {"location": "/login"}
+        return self._not_yours(path, headers.get("cookie", ""))
+
+    def _not_yours(self, path: str, cookie: str) -> tuple[int, str, dict[str, str]] | None:
+        """Pages lead strangers to the login; all that is under /lead is for leads.
+
+        The handlers of both pages look again: this is the first of two doors.
+        """
+        page = path.strip("/")
+        if page != "ui" and page.split("/")[0] != "lead":
+            return None
+        role = self.role_of(cookie)
+        if role is None:
+            if page in ("ui", "lead"):
+                return 303, "Log in first.", {"location": "/login"}
+            return 401, "Log in first.", {}
+        if page != "ui" and role != "lead":
+            return 403, _FOR_LEADS, {"content-type": "text/html; charset=utf-8"}
         return None
 
 

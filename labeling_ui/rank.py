@@ -25,6 +25,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from labeling_ui.administration import queue_values
 from labeling_ui.aggregate import group_rankings
 from labeling_ui.agreement import pairwise_agreement
 from labeling_ui.exporting import is_heldout, snapshot
@@ -123,28 +124,32 @@ def queue_samples(
             "Raise sample.responses_per_prompt or sample.temperature.",
         )
     rank = settings.rank
-    queue: dict[str, Any] = {
+    configured = {
         "by": rank.by,
         "overlap": rank.overlap,
         "minimum": rank.minimum,
-        "open": True,
+        "lease_minutes": rank.lease_minutes,
+        "gold_rate": rank.gold_rate,
+        "repeat_rate": rank.repeat_rate,
     }
-    queue["lease_minutes"] = rank.lease_minutes
-    queue |= {"gold_rate": rank.gold_rate, "repeat_rate": rank.repeat_rate}
     mine = tasks.c.step == out.step
     with store.write() as tx:
-        insert_new(tx, queues, [{"step": out.step, **queue}])
+        # what the lead has set in the app since stays
+        values = queue_values(tx, out.step, configured) | {"open": True}
+        insert_new(tx, queues, [{"step": out.step, **configured, "open": True}])
         # the policy of a round before is not what people should look at now
         others = queues.c.step.not_in((out.step, EXTRA, WRITE))
         tx.execute(sa.update(queues).where(others).values(open=False))
-        tx.execute(sa.update(queues).where(queues.c.step == out.step).values(**queue))
+        tx.execute(sa.update(queues).where(queues.c.step == out.step).values(**values))
         # samples of other settings stay in the store, but nobody is asked about them any more
         tx.execute(sa.update(tasks).where(mine).values(active=False))
         insert_new(tx, tasks, rows)
         wake = sa.update(tasks).where(tasks.c.id == sa.bindparam("task"))
         state = {"step": out.step, "origin": samples.digest, "active": True}
         tx.execute(wake.values(**state), [{"task": row["id"]} for row in rows])
-        log_event(tx, "queue", None, None, step=out.step, tasks=len(rows), origin=samples.digest)
+        log_event(
+            tx, "queue", step=out.step, tasks=len(rows), origin=samples.digest, config=configured
+        )
     out.say(f"{len(rows)} prompts to rank, by {rank.by}")
 
 

@@ -2,9 +2,10 @@
 
     python -m labeling_ui.server RUN [--host 127.0.0.1] [--port 7860] [--public-url URL]
 
-FastAPI owns /login, /logout and /healthz; the Gradio page is mounted at /ui. A login is a signed
-cookie and survives a restart (Gradio's own logins do not). There is no account to begin with:
-without one, the server says how to make it and ends with exit 2.
+FastAPI owns /login, /logout and /healthz; the ranking page is mounted at /ui, the page of the lead at
+/lead, both Gradio's. A login is a signed cookie and survives a restart (Gradio's own logins do
+not). There is no account to begin with: without one, the server says how to make it and ends with
+exit 2.
 """
 
 # ruff: noqa: T201 - a command: it says where it listens
@@ -17,17 +18,18 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import sqlalchemy as sa
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import HTMLResponse, RedirectResponse
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from sqlalchemy.engine import Row
 
 from labeling_ui import accounts, guard
+from labeling_ui.dashboard import Dashboard
 from labeling_ui.forms import Refused
 from labeling_ui.progress import Teller
 from labeling_ui.schema import users
@@ -58,6 +60,15 @@ class Logins:
     def name_of(self, request: Request) -> str | None:
         found = self.user_of(request.headers.get("cookie", ""))
         return found.name if found else None
+
+    def lead_of(self, request: Request) -> str | None:
+        """The name of a lead; None for everybody else."""
+        found = self.user_of(request.headers.get("cookie", ""))
+        return found.name if found is not None and found.role == "lead" else None
+
+    def role_of(self, cookie_header: str) -> str | None:
+        found = self.user_of(cookie_header)
+        return found.role if found is not None else None
 
     def user_id(self, name: str) -> int:
         """For the handlers of the page, which look their user up each time."""
@@ -121,11 +132,17 @@ async def _health(_request: Request) -> Response:
 def create_app(store: Store, run_dir: Path, names: Sequence[str] = LOCAL_NAMES) -> FastAPI:
     """The whole server as an ASGI app."""
     # seconds to import: errors of the command line must not wait for it
-    import gradio
-
     from labeling_ui import app as page
+    from labeling_ui import lead, lead_page
 
-    logins = Logins(store)
+    logins, dashboard = Logins(store), Dashboard(store)
+
+    async def stats(request: Request) -> Response:
+        if logins.lead_of(request) is None:
+            return JSONResponse({"error": "This is for leads."}, 403)
+        found = await asyncio.to_thread(dashboard.overview)
+        return JSONResponse(found.to_json())
+
     server = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     for path, method, handler in (
         ("/", "GET", logins.start),
@@ -133,14 +150,39 @@ def create_app(store: Store, run_dir: Path, names: Sequence[str] = LOCAL_NAMES) 
         ("/login", "GET", logins.show),
         ("/login", "POST", logins.log_in),
         ("/logout", "POST", logins.log_out),
+        # before the mounts: the first that fits answers
+        ("/lead/stats.json", "GET", stats),
     ):
         server.add_route(path, handler, methods=[method])
-    handlers = page.Handlers(store, logins.user_id, Teller(run_dir, store).soon)
+    tell_progress = Teller(run_dir, store).soon
+    handlers = page.Handlers(store, logins.user_id, tell_progress)
+    lead_handlers = lead.Handlers(store, logins.user_id, tell_progress, dashboard)
+    _mount(server, run_dir, "/ui", page.build(handlers), logins.name_of, page.CSS, page.HEAD)
+    _mount(
+        server, run_dir, "/lead", lead_page.build(lead_handlers), logins.lead_of,
+        lead_page.CSS, lead_page.HEAD,
+    )  # fmt: skip
+    server.add_middleware(guard.Guard, names=names, role_of=logins.role_of)
+    return server
+
+
+def _mount(
+    server: FastAPI,
+    run_dir: Path,
+    path: str,
+    blocks: Any,
+    who: Callable[[Request], str | None],
+    css: str,
+    head: str,
+) -> None:
+    """A Gradio page behind our login, with everything off that it does not need."""
+    import gradio
+
     gradio.mount_gradio_app(
         server,
-        page.build(handlers),
-        path="/ui",
-        auth_dependency=logins.name_of,
+        blocks,
+        path=path,
+        auth_dependency=who,
         allowed_paths=[],
         blocked_paths=[str(run_dir.resolve())],
         max_file_size="1kb",
@@ -151,13 +193,9 @@ def create_app(store: Store, run_dir: Path, names: Sequence[str] = LOCAL_NAMES) 
         ssr_mode=False,
         # system fonts: Gradio's themes would ask a font server
         theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-        css=page.CSS,
-        head=page.HEAD,
+        css=css,
+        head=head,
     )
-    server.add_middleware(
-        guard.Guard, names=names, has_session=lambda cookie: logins.user_of(cookie) is not None
-    )
-    return server
 
 
 def names_of(host: str, public_url: str | None) -> list[str]:

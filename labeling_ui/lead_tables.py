@@ -1,0 +1,155 @@
+"""Rows of the lead's tables: texts only, each cell as it is to be read. Times are UTC."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+
+from labeling_ui.attention import Hint
+from labeling_ui.dashboard import Overview
+from labeling_ui.display import visible
+from labeling_ui.forms import CONFIDENCES, FLAGS
+from labeling_ui.inspection import Line, Prompt
+from labeling_ui.judgements import Estimate
+from labeling_ui.store_counts import Lease, Queue
+
+Rows = list[list[str]]
+HINTS = ["About", "What"]
+LEFT_OUT = ["Answers", "Number"]
+LEASES = ["Who", "Prompt", "Since", "Expires"]
+QUEUES = [
+    "Queue", "By", "State", "Overlap", "Minimum", "Lease, minutes", "Gold rate", "Repeat rate",
+]  # fmt: skip
+ANNOTATORS = [
+    "Annotator", "Kind", "State", "Rankings", "Skipped", "All bad", "Gold accuracy",
+    "Agreement with others", "Self-consistency", "Ties", "Median s", "First place wins", "Last label",
+]  # fmt: skip
+PROMPTS = ["Id", "Prompt", "Kind", "Rankings", "Disagreement", "Flags", "Comments"]
+SAID = [
+    "Who", "What", "Ranks", "Scores", "Flags", "Comment", "Sure?", "Ideal answer", "Active s", "When",
+]  # fmt: skip
+AUDIT = ["When", "Who", "What", "Prompt", "Detail"]
+NOTHING = "–"
+
+
+def hints(found: Sequence[Hint]) -> Rows:
+    return [[_shown(hint.about), hint.text] for hint in found]
+
+
+def left_out(found: Overview) -> Rows:
+    rows = [["can be learned from", f"{found.counts.counted:,}"]]
+    rows += [[reason, f"{count:,}"] for reason, count in found.counts.left_out.items()]
+    total = found.counts.counted + sum(found.counts.left_out.values())
+    return [*rows, ["all that is stored", f"{total:,}"]]
+
+
+def leases(found: Iterable[Lease]) -> Rows:
+    return [
+        [_shown(lease.name), lease.task, when(lease.since), when(lease.expires)] for lease in found
+    ]
+
+
+def queues(found: Iterable[Queue]) -> Rows:
+    return [
+        [
+            queue.step,
+            queue.by,
+            "frozen" if queue.frozen else "open" if queue.open else "closed",
+            str(queue.overlap),
+            "overlap × prompts" if queue.minimum is None else str(queue.minimum),
+            str(queue.lease_minutes),
+            f"{queue.gold_rate:.0%}",
+            f"{queue.repeat_rate:.0%}",
+        ]
+        for queue in found
+    ]
+
+
+def annotators(found: Overview) -> Rows:
+    rows = []
+    for person in found.counts.people:
+        own = found.statistics.people.get(person.id)
+        is_only_lead = person.role == "lead" and own is None
+        state = ("lead" if person.role == "lead" else "active") if person.active else "paused"
+        row = [_shown(person.name), person.kind, state]
+        if own is None:
+            row += ["0" if not is_only_lead else NOTHING, "0", str(person.all_bad)]
+            row += [NOTHING] * 6
+        else:
+            row += [str(own.rankings), f"{own.skips} ({own.skip_rate:.0%})", str(person.all_bad)]
+            row += [_estimate(own.gold_accuracy, "items"), _estimate(own.agreement, "prompts")]
+            row += [_estimate(own.self_consistency, "prompts"), _share(own.tie_rate)]
+            row.append(NOTHING if own.median_seconds is None else f"{own.median_seconds:.0f}")
+            chance = own.first_place_chance
+            wins = _estimate(own.first_place_wins, "prompts")
+            row.append(wins if chance is None else f"{wins}; chance {chance:.0%}")
+        rows.append([*row, when(person.last_label)])
+    return rows
+
+
+def prompts(lines: Iterable[Line]) -> Rows:
+    return [
+        [
+            line.id,
+            _shown(line.title),
+            line.kind if line.active else f"{line.kind}, out of use",
+            str(line.rankings),
+            _share(line.disagreement),
+            ", ".join(f"{FLAGS.get(flag, flag)} {count}" for flag, count in line.flags),
+            str(line.comments or ""),
+        ]
+        for line in lines
+    ]
+
+
+def said(prompt: Prompt) -> Rows:
+    """One row per person; responses are numbered as the page shows them to the lead."""
+    rows = []
+    for one in prompt.said:
+        flags = [
+            f"{i}: {FLAGS.get(flag, flag)}" for i, some in enumerate(one.flags, 1) for flag in some
+        ]
+        status = one.status + (", late" if one.late else "")
+        status += f", changed {one.revision - 1}×" if one.revision > 1 else ""
+        scores = " ".join("·" if score is None else str(score) for score in one.scores)
+        rows.append(
+            [
+                _shown(one.name),
+                status,
+                " ".join(map(str, one.ranks)) or NOTHING,
+                scores if any(score is not None for score in one.scores) else NOTHING,
+                "; ".join(flags),
+                _shown(one.comment),
+                CONFIDENCES.get(one.confidence or 0, ""),
+                _shown(one.ideal),
+                NOTHING if one.active_seconds is None else f"{one.active_seconds:.0f}",
+                when(one.created),
+            ]
+        )
+    return rows
+
+
+def audit(events: Iterable[tuple[float, str, str, str, str]]) -> Rows:
+    return [
+        [when(at, seconds=True), _shown(who), kind, task, "" if detail == "{}" else _shown(detail)]
+        for at, who, kind, task, detail in events
+    ]
+
+
+def when(at: float | None, seconds: bool = False) -> str:
+    form = "%Y-%m-%d %H:%M:%S" if seconds else "%Y-%m-%d %H:%M"
+    return NOTHING if at is None else time.strftime(form, time.gmtime(at))
+
+
+def _shown(text: str) -> str:
+    return visible(text)
+
+
+def _share(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.0%}"
+
+
+def _estimate(found: Estimate | None, unit: str) -> str:
+    if found is None:
+        return NOTHING
+    return f"{found.value:.0%} ({found.low:.0%}–{found.high:.0%}), {found.prompts} {unit}"
