@@ -16,7 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from labeling_ui.store import Store, rankings, tasks, users
-from pipeline.records import Ranking, hash_fraction, write_jsonl
+from pipeline.records import Ranking, is_heldout, write_jsonl
 
 FORMATS = ("rankings", "pairs", "parquet")
 Wanted = Callable[[Any], bool]
@@ -32,11 +32,6 @@ def pseudonyms(store: Store) -> Callable[[str, str], str]:
         return "p-" + hmac.new(secret, name.encode(), "sha256").hexdigest()[:12]
 
     return shown
-
-
-def is_heldout(prompt_id: str, heldout_fraction: float) -> bool:
-    """Whether the reward model must not see this prompt's rankings; decided by the prompt alone."""
-    return hash_fraction("heldout", prompt_id) < heldout_fraction
 
 
 def snapshot(store: Store, heldout_fraction: float, wanted: Wanted | None = None) -> list[Ranking]:

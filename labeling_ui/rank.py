@@ -24,7 +24,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from labeling_ui.exporting import is_heldout, snapshot
+from labeling_ui.exporting import snapshot
 from labeling_ui.importing import Report, import_rankings
 from labeling_ui.progress import progress, write_progress
 from labeling_ui.simulate import rank_all
@@ -32,7 +32,7 @@ from labeling_ui.store import STORE_FILE, Store, insert_new, log_event, queues, 
 from pipeline import worker
 from pipeline.errors import PeopleNeeded, StageError
 from pipeline.job import Input, Inputs, Metrics, Out
-from pipeline.records import Prompt, Ranking, SampleGroup, read_jsonl, write_jsonl
+from pipeline.records import Prompt, Ranking, SampleGroup, is_heldout, read_jsonl, write_jsonl
 from pipeline.settings import Settings
 
 Done = set[tuple[str, int]]
