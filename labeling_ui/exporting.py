@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 from labeling_ui.schema import rankings, tasks, users
 from labeling_ui.store import Store
-from pipeline.records import Ranking, hash_fraction, write_jsonl
+from pipeline.records import Ranking, is_heldout, write_jsonl
 
 FORMATS = ("rankings", "pairs", "parquet")
 Wanted = Callable[[Any], bool]
@@ -33,11 +33,6 @@ def pseudonyms(store: Store) -> Callable[[str, str], str]:
         return "p-" + hmac.new(secret, name.encode(), "sha256").hexdigest()[:12]
 
     return shown
-
-
-def is_heldout(prompt_id: str, heldout_fraction: float) -> bool:
-    """Whether the reward model must not see this prompt's rankings; decided by the prompt alone."""
-    return hash_fraction("heldout", prompt_id) < heldout_fraction
 
 
 def snapshot(store: Store, heldout_fraction: float, wanted: Wanted | None = None) -> list[Ranking]:

@@ -28,7 +28,7 @@ import sqlalchemy as sa
 from labeling_ui.administration import queue_values
 from labeling_ui.aggregate import group_rankings
 from labeling_ui.agreement import pairwise_agreement
-from labeling_ui.exporting import is_heldout, snapshot
+from labeling_ui.exporting import snapshot
 from labeling_ui.importing import Report, import_rankings
 from labeling_ui.progress import labels, write_progress
 from labeling_ui.schema import queues, tasks
@@ -38,7 +38,7 @@ from labeling_ui.weighing import annotator_rows
 from pipeline import worker
 from pipeline.errors import PeopleNeeded, StageError
 from pipeline.job import Input, Inputs, Metrics, Out
-from pipeline.records import Prompt, Ranking, SampleGroup, read_jsonl, write_jsonl
+from pipeline.records import Prompt, Ranking, SampleGroup, is_heldout, read_jsonl, write_jsonl
 from pipeline.settings import Settings
 
 Done = set[tuple[str, int]]
@@ -116,6 +116,8 @@ def queue_samples(
             origin=samples.digest,
             step=out.step,
             split=prompt.split,
+            priority=group.priority or 0.0,
+            selection_probability=group.selection_probability,
         )
         rows.append(row)
     if not rows:

@@ -123,11 +123,14 @@ def is_hashed(field: Any) -> bool:
 
 
 def flat_settings(settings: Settings, sections: tuple[str, ...]) -> dict[str, tuple[Any, bool]]:
-    """Every setting of `sections`: dotted key -> (value as JSON, whether it is hashed)."""
-    plain = settings.model_dump(mode="json", include=set(sections))
+    """Every setting of `sections`: dotted key -> (value as JSON, whether it is hashed).
+
+    A section may be a single setting (`rank.heldout_fraction`).
+    """
+    plain = settings.model_dump(mode="json", include={name.split(".")[0] for name in sections})
     found = {}
     for key, field in field_paths(Settings).items():
-        if key.split(".")[0] in sections:
+        if key in sections or key.split(".")[0] in sections:
             found[key] = (_at(plain, key), is_hashed(field))
     return found
 

@@ -1,14 +1,18 @@
 """Settings -> the ordered steps of the line, as data.
 
 A stage's `version` is raised when the same settings give other numbers. `sections` are the
-settings that a stage may read; they are what its fingerprint covers.
+settings that a stage may read (`rank.heldout_fraction`: a single one); they are what its fingerprint
+covers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.settings import Settings
+
+# what sample reads where it chooses among prompts, and only there: else they make nothing stale
+_SELECTING = ("select", "rank.heldout_fraction")
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ STAGES: dict[str, Stage] = {
         Stage("tokenizer", "stages.tokenizer", 1, "tokenizer", ("tokenizer",)),
         Stage("pretrain", "stages.pretrain", 2, "model", ("model", "pretrain")),
         Stage("sft", "stages.sft", 2, "model", ("model", "sft")),
-        Stage("sample", "stages.sample", 2, "samples", ("model", "sample")),
+        Stage("sample", "stages.sample", 2, "samples", ("model", "sample", *_SELECTING)),
         Stage("rank", "labeling_ui.rank", 1, "rankings", ("rank",)),
         Stage("reward", "stages.reward", 3, "reward_model", ("model", "reward")),
         Stage("ppo", "stages.ppo", 4, "policy", ("model", "pretrain", "sample", "ppo")),
@@ -70,12 +74,15 @@ class _Steps(list[Step]):
         round: int,
         inputs: dict[str, str | None],
         sources: dict[str, tuple[str, ...] | None],
+        without: tuple[str, ...] = (),
     ) -> str:
+        """without: sections of the stage that this step does not read."""
         name = stage if round == 1 else f"{stage}-{round}"
+        sections = tuple(name for name in STAGES[stage].sections if name not in without)
         self.append(
             Step(
                 name,
-                STAGES[stage],
+                replace(STAGES[stage], sections=sections),
                 round,
                 {role: step for role, step in inputs.items() if step},
                 {role: given for role, given in sources.items() if given},
@@ -134,11 +141,13 @@ def _rounds(settings: Settings, steps: _Steps, before_sft: str | None, sft: str 
     policy = sft
     for round in range(1, settings.run.rounds + 1):
         if settings.sample.prompts:
+            selecting: str | None = reward if settings.select.by != "random" else None
             samples = add(
                 "sample",
                 round,
-                {"model": policy},
+                {"model": policy, "reward_model": selecting},
                 {"model": None if policy else base, "prompts": settings.sample.prompts},
+                without=() if selecting else _SELECTING,
             )
         first_samples = first_samples or samples
         if settings.has_rankings:

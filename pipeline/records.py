@@ -40,6 +40,11 @@ def hash_fraction(*parts: Any) -> float:
     return int(content_id(*parts), 16) / 16**16
 
 
+def is_heldout(prompt_id: str, heldout_fraction: float) -> bool:
+    """Whether the reward model must not see this prompt's rankings; decided by the prompt alone."""
+    return hash_fraction("heldout", prompt_id) < heldout_fraction
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A conversation that waits for an assistant's turn, and the split it belongs to."""
@@ -78,19 +83,36 @@ class Response:
 
 @dataclass(frozen=True)
 class SampleGroup:
-    """The different responses of one prompt, as sampled; exact duplicates are merged before."""
+    """The different responses of one prompt, as sampled; exact duplicates are merged before.
+
+    priority: how much a label is wanted, where a reward model chose among the prompts; more is more.
+    selection_probability: that the prompt came to be ranked, given the candidates and their
+    priorities, over the draw of those taken at random; weights of 1 / probability undo the choice.
+    """
 
     prompt: Prompt
     responses: tuple[Response, ...]
+    priority: float | None = None
+    selection_probability: float | None = None
 
     def to_row(self) -> dict[str, Any]:
         responses = [{"id": r.id(self.prompt.id), **asdict(r)} for r in self.responses]
-        return {**self.prompt.to_row(), "responses": responses}
+        row = {**self.prompt.to_row(), "responses": responses}
+        # absent where nothing was chosen, as in files from before there was a choice
+        for key in ("priority", "selection_probability"):
+            if getattr(self, key) is not None:
+                row[key] = getattr(self, key)
+        return row
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> SampleGroup:
         responses = (Response(r["text"], r["ended"], r["tokens"]) for r in row["responses"])
-        return cls(Prompt.from_row(row), tuple(responses))
+        return cls(
+            Prompt.from_row(row),
+            tuple(responses),
+            row.get("priority"),
+            row.get("selection_probability"),
+        )
 
 
 @dataclass(frozen=True)

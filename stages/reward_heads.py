@@ -110,13 +110,18 @@ def score_with_uncertainty(
     The score is what the published label gives, normalised as reward.json says. Each head is centred
     by its own mean on the sft samples: a head that likes everything a little more is not unsure.
     """
+    raw_NH = head_scores(scorer, heads, groups)
+    scores_NH = (raw_NH - heads.mean_H.to(raw_NH)) / heads.std.to(raw_NH)
+    return scores_NH.mean(1), scores_NH.std(1)
+
+
+def head_scores(scorer: GroupScorer, heads: Heads, groups: Sequence[PromptGroup]) -> Tensor:
+    """Raw scores of every head `[N, H]`, group by group, on the trunk of a published reward model."""
     head = backbone_and_head(scorer.model)[1]
     plain = head.weight.detach(), None if head.bias is None else head.bias.detach()
     bias_H = None if head.bias is None else heads.bias_H.to(head.weight)
     _set(head, heads.weight_HD.to(head.weight), bias_H)
     try:
-        raw_NH = score_groups(scorer, groups)
+        return score_groups(scorer, groups)
     finally:
         _set(head, *plain)
-    scores_NH = (raw_NH - heads.mean_H.to(raw_NH)) / heads.std.to(raw_NH)
-    return scores_NH.mean(1), scores_NH.std(1)

@@ -1,7 +1,9 @@
 """sample: K responses per prompt from a model, to be ranked.
 
-Reads: `model` (model or policy) and `prompts` (the user's). Writes a `samples` artifact:
-`samples.jsonl` (prompt, its different responses) and `prompts.jsonl` (every prompt and its split).
+Reads: `model` (model or policy), `prompts` (the user's) and, where select.by asks which prompts are
+ranked, `reward_model` (of the round before). Writes a `samples` artifact: `samples.jsonl` (prompt, its
+different responses; priority and selection_probability where prompts were chosen) and `prompts.jsonl`
+(every prompt and its split).
 
     prefline sample RUN sample.temperature=0.9
 
@@ -10,12 +12,15 @@ duplicates among the responses of a prompt are merged and counted.
 
 Metrics (healthy range): prompts, responses, duplicates_merged (few; many mean a low temperature or a
 collapsed model), empty_responses (0), too_few (prompts with fewer than two different responses: 0),
-eos_rate (> 0.95: the model has learned to stop), mean_tokens.
+eos_rate (> 0.95: the model has learned to stop), mean_tokens. Where prompts were chosen, all of these
+are of the candidates; also selected, selected_at_random, mean_priority (of the candidates) and
+mean_priority_selected (above it).
 """
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +30,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline import worker
 from pipeline.errors import StageError
 from pipeline.job import Inputs, Metrics, Out
-from pipeline.records import Response, SampleGroup, read_jsonl, write_jsonl
+from pipeline.records import Response, SampleGroup, is_heldout, read_jsonl, write_jsonl
 from pipeline.settings import Settings
 from stages.chat import decode_response
 from stages.common import epoch_order, num_parameters, seed_for, start, stop_if_asked
 from stages.generation import Generated, generate
 from stages.models import load_causal_lm, load_tokenizer, positions
 from stages.prompts import PromptIds, encode_prompts, load_prompts, longest_prompt, of_split
+from stages.selection import priorities, select
 
 _PROMPTS_PER_PART = 64
 
@@ -44,10 +50,16 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     prompts = load_prompts(inputs["prompts"], settings, out)
     train = of_split(prompts, "train", settings)
     count = min(settings.sample.max_prompts or len(train), len(train))
-    # each round takes the next prompts of one shuffled order
-    picked = epoch_order(
-        len(train), (out.round - 1) * count, count, settings.run.seed, "sample", "prompts"
-    )
+    chooses = "reward_model" in inputs
+    if settings.select.by != "random" and not chooses:
+        out.say("prompts are taken at random: there is no reward model yet to ask (select.by)")
+    candidates = min(count * settings.select.candidates, len(train)) if chooses else count
+    # each round takes the next prompts of one shuffled order; the first has none to choose among
+    begin = count + (out.round - 2) * candidates if chooses else (out.round - 1) * count
+    picked = epoch_order(len(train), begin, candidates, settings.run.seed, "sample", "prompts")
+    if chooses:
+        # candidates from the end of one pass may come again at the beginning of the next
+        picked = list(dict.fromkeys(picked))
     max_tokens = longest_prompt(
         settings.sample.max_prompt_tokens,
         settings.sample.max_response_tokens,
@@ -57,12 +69,16 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     encoded = encode_prompts([train[i] for i in picked], tokenizer, max_tokens, out)
     parts = _sample_parts(settings, encoded, model, tokenizer, accelerator, out)
 
+    rows = [row for part in parts for row in read_jsonl(part)]
+    metrics = _metrics(rows, out)
+    groups = [row["group"] for row in rows]
+    if chooses:
+        groups, found = _select(settings, inputs, groups, count, tokenizer, accelerator, out)
+        metrics |= found
     if out.rank == 0:
         write_jsonl(out.artifact / "prompts.jsonl", (p.to_row() for p in prompts))
-        rows = (row["group"] for part in parts for row in read_jsonl(part))
-        write_jsonl(out.artifact / "samples.jsonl", rows)
+        write_jsonl(out.artifact / "samples.jsonl", groups)
     out.contract.update(inputs["model"].contract)
-    metrics = _metrics([row for part in parts for row in read_jsonl(part)], out)
     read = settings.sample.responses_per_prompt * sum(len(prompt.ids) for prompt in encoded)
     out.cost["flops"] += 2.0 * num_parameters(model) * (read + out.cost["tokens"])
     return metrics
@@ -148,6 +164,45 @@ def _group(
         "ended": sum(item.ended for item in generated),
         "tokens": sum(len(item.tokens) for item in generated),
     }
+
+
+def _select(
+    settings: Settings,
+    inputs: Inputs,
+    rows: list[dict[str, Any]],
+    count: int,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+    out: Out,
+) -> tuple[list[dict[str, Any]], Metrics]:
+    """The `count` prompts that are worth ranking, and how they were chosen."""
+    own = settings.select
+    groups = [SampleGroup.from_row(row) for row in rows if len(row["responses"]) > 1]
+    wanted = priorities(own.by, inputs["reward_model"], tokenizer, groups, accelerator, out)
+    ids = [group.prompt.id for group in groups]
+    heldout = [is_heldout(prompt_id, settings.rank.heldout_fraction) for prompt_id in ids]
+    seed = seed_for(settings.run.seed, "select", out.round)
+    selection = select(ids, wanted, heldout, count, own.random_share, seed)
+    chosen = selection.chosen
+    at_random = len(selection.at_random)
+    if len(groups) <= count:
+        out.say(f"all {len(groups)} prompts go on: no more than sample.max_prompts can be ranked")
+    else:
+        out.say(
+            f"{len(chosen)} of {len(groups)} prompts go on to be ranked: {len(chosen) - at_random} by"
+            f" {own.by}, {at_random} at random"
+        )
+    found = {
+        "selected": len(chosen),
+        "selected_at_random": at_random,
+        "mean_priority": sum(wanted) / len(wanted),
+        "mean_priority_selected": sum(wanted[i] for i in chosen) / len(chosen),
+    }
+    marked = (
+        replace(groups[i], priority=wanted[i], selection_probability=selection.probability[i])
+        for i in chosen
+    )
+    return [group.to_row() for group in marked], found
 
 
 def _metrics(rows: list[dict[str, Any]], out: Out) -> Metrics:

@@ -18,6 +18,7 @@ from pipeline.settings.reward import RewardSettings
 from pipeline.settings.rloo import RlooSettings
 from pipeline.settings.run import RunSettings
 from pipeline.settings.sample import SampleSettings
+from pipeline.settings.select import SelectSettings
 from pipeline.settings.sft import SftSettings
 from pipeline.settings.tokenizer import TokenizerSettings
 
@@ -39,6 +40,8 @@ class Settings(Strict):
     """Supervised fine-tuning."""
     sample: SampleSettings = SampleSettings()
     """Sampling responses to rank."""
+    select: SelectSettings = SelectSettings()
+    """Which prompts are ranked."""
     rank: RankSettings = RankSettings()
     """Ranking."""
     reward: RewardSettings = RewardSettings()
@@ -94,6 +97,8 @@ class Settings(Strict):
                 raise ValueError("evaluate.best_of needs the reward step, and so rankings")
         if self.run.rounds > 1 and self.sample.prompts is None:
             raise ValueError("run.rounds above 1 needs sample.prompts to sample from")
+        if self.select.by != "random":
+            self._check_selection()
         if self.ppo.ptx_coef > 0 and not (self.ppo.ptx_data or self.pretrain.data):
             raise ValueError(
                 "ppo.ptx_coef needs text: set ppo.ptx_data, for instance to a text file"
@@ -106,6 +111,24 @@ class Settings(Strict):
                 f" minibatch of {self.run.policy} ({key})"
             )
         return self
+
+    def _check_selection(self) -> None:
+        by = self.select.by
+        if (self.sample.max_prompts or 0) < 2:
+            raise ValueError(
+                f"select.by: {by} chooses which prompts are ranked; set sample.max_prompts (2 or more) to"
+                " how many"
+            )
+        if self.run.policy == "dpo" and not self.evaluate.best_of:
+            raise ValueError(
+                f"select.by: {by} asks the reward model, which run.policy: dpo does without; use random,"
+                " or set evaluate.best_of"
+            )
+        if by == "disagreement" and self.reward.heads == 1:
+            raise ValueError(
+                "select.by: disagreement compares the heads of the reward model, and one has nothing to"
+                " disagree with; set reward.heads: 4"
+            )
 
     @property
     def has_rankings(self) -> bool:

@@ -14,7 +14,8 @@ class SampleSettings(Strict):
     max_bad_fraction: float = Field(0.05, ge=0, le=1)
     """Stop if more than this fraction of the prompts is unusable; below it they are counted and left out."""
     max_prompts: int | None = Field(None, ge=1)
-    """Prompts sampled in one round; null is all training prompts."""
+    """Prompts sampled in one round, to be ranked; null is all training prompts. More are sampled where some
+    are chosen (select.by)."""
     validation_fraction: float = Field(0.1, ge=0, lt=1)
     """Prompts kept to choose the best policy, where the file does not say (by a hash of the text)."""
     test_fraction: float = Field(0.2, ge=0, lt=1)

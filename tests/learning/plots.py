@@ -2,6 +2,7 @@
 
 python -m tests.learning.plots policies OUT/results.jsonl docs/images/policies.png
 python -m tests.learning.plots sources RUN docs/images/reviews.png lexicon classifier
+python -m tests.learning.plots labels OUT/results.jsonl docs/images/labels.png
 """
 
 from __future__ import annotations
@@ -59,6 +60,29 @@ def sources(run: Path, picture: Path, proxy: str, gold: str) -> None:
     _save(figure, picture)
 
 
+def labels(results: Path, picture: Path) -> None:
+    """Held-out accuracy against the number of labels: a dot for each reward model, a line of means."""
+    rows = rows_of(results)
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for number, way in enumerate(dict.fromkeys(row["way"] for row in rows)):
+        own = [row for row in rows if row["way"] == way]
+        counts = sorted({row["labels"] for row in own})
+        # beside each other, not on top of each other
+        x = [row["labels"] * 1.02 ** (number - 1) for row in own]
+        axes.scatter(
+            x, [row["heldout_accuracy"] for row in own], s=14, color=f"C{number}", alpha=0.6
+        )
+        means = [fmean(r["heldout_accuracy"] for r in own if r["labels"] == n) for n in counts]
+        axes.plot(counts, means, color=f"C{number}", marker="o", label=way)
+    axes.set_xscale("log")
+    axes.set_xticks(counts, [str(n) for n in counts])
+    axes.minorticks_off()
+    axes.set_xlabel("ranked prompts")
+    axes.set_ylabel("held-out accuracy, hidden rubric")
+    axes.legend(fontsize=8)
+    _save(figure, picture)
+
+
 def _smooth(values: list[float], width: int = 5) -> list[float]:
     """Mean over the last `width` values."""
     return [fmean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
@@ -73,5 +97,7 @@ if __name__ == "__main__":
     kind, *rest = sys.argv[1:]
     if kind == "policies":
         policies(Path(rest[0]), Path(rest[1]))
+    elif kind == "labels":
+        labels(Path(rest[0]), Path(rest[1]))
     else:
         sources(Path(rest[0]), Path(rest[1]), rest[2], rest[3])

@@ -8,11 +8,11 @@ import sqlalchemy as sa
 
 from labeling_ui import labels
 from labeling_ui.assignments import claim, skip, submit
-from labeling_ui.exporting import is_heldout, pair_rows, snapshot, write_export
+from labeling_ui.exporting import pair_rows, snapshot, write_export
 from labeling_ui.schema import queues, rankings, tasks, users
 from labeling_ui.store import Store, insert_new, log_event, task_row
 from pipeline.errors import DataError
-from pipeline.records import Ranking, read_jsonl
+from pipeline.records import Ranking, is_heldout, read_jsonl
 
 NOW = 1_000_000.0
 

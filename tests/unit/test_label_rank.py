@@ -196,6 +196,28 @@ def test_people_are_waited_for_until_there_are_enough(tmp_path):
     assert opened == {"rank": False, "rank-2": True}
 
 
+def test_what_the_reward_model_asks_for_comes_first(tmp_path):
+    given = samples(tmp_path, prompts=4)
+    groups = [SampleGroup.from_row(row) for row in read_jsonl(given.path / "samples.jsonl")]
+    wanted = [
+        replace(group, priority=float(i), selection_probability=0.3 + i / 10)
+        for i, group in enumerate(groups)
+    ]
+    write_jsonl(given.path / "samples.jsonl", (group.to_row() for group in wanted))
+    with pytest.raises(PeopleNeeded):
+        rank.run(settings(by="people"), {"samples": given}, make_out(tmp_path))
+    store = Store(tmp_path / "labels.db")
+    with store.write() as tx:
+        insert_new(tx, users, [{"kind": "person", "name": "alice", "created": 0.0}])
+    for group in reversed(wanted):
+        work = claim(store, 1)
+        assert work.messages == group.prompt.messages
+        submit(store, 1, work.token, [1, 2, 3, 4])
+    with store.read() as tx:
+        kept = tx.execute(sa.select(tasks.c.selection_probability)).scalars().all()
+    assert sorted(kept) == [0.3, 0.4, 0.5, 0.6]
+
+
 def test_need_is_overlap_times_prompts(tmp_path):
     with pytest.raises(PeopleNeeded, match="0 of 90"):
         rank.run(
