@@ -1,19 +1,21 @@
-"""Pairs of responses from rankings, as token ids, and what a policy's logprobs say of them.
+"""What dpo and kto make of rankings, as token ids, and what a policy's logprobs say of pairs.
 
-Shapes: N pairs, B rows (chosen and rejected of the pairs), R response tokens.
+Shapes: N pairs or responses, R response tokens.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.job import Metrics
-from pipeline.records import Ranking, Tally
+from pipeline.errors import StageError
+from pipeline.job import Input, Metrics, Out
+from pipeline.records import Ranking, Tally, read_jsonl
 from stages.chat import encode_completion, encode_prompt
 from stages.rollout import all_logprobs, make_sequences
 
@@ -32,6 +34,53 @@ class Pairs(NamedTuple):
 
     pairs: list[Pair]
     tally: Tally
+
+
+class Labelled(NamedTuple):
+    """A response to a prompt and whether it is desirable; it ends with the end token."""
+
+    prompt: list[int]
+    response: list[int]
+    desirable: bool
+    prompt_id: str
+
+
+class _OfPrompt(Protocol):
+    @property
+    def prompt_id(self) -> str: ...
+
+
+ExampleT = TypeVar("ExampleT", bound=_OfPrompt)
+
+
+def load_examples(
+    rankings: Input,
+    split: str,
+    encode: Callable[[list[Ranking]], tuple[list[ExampleT], Tally]],
+    unit: str,
+    out: Out,
+) -> list[ExampleT]:
+    """What `encode` makes of the rankings of a split; says what was left out.
+
+    The held-out ones come in the order of their prompts' hashes: the first N of a file sorted by topic
+    would be judged on its first topic.
+
+    Raises:
+        StageError: nothing is left.
+    """
+    assert rankings.path is not None
+    rows = [Ranking.from_row(row) for row in read_jsonl(rankings.path / "rankings.jsonl")]
+    examples, tally = encode([row for row in rows if row.split == split])
+    out.say(f"{split} {unit}s: {tally.summary()}")
+    out.derived[f"{split}_{unit}s_dropped"] = dict(tally.reasons)
+    if not examples:
+        raise StageError(
+            f"{out.stage}: no {split} {unit} can be used: {tally.summary()}",
+            "At least one prompt needs two responses that were not ranked equal.",
+        )
+    if split == "heldout":
+        examples.sort(key=lambda example: example.prompt_id)
+    return examples
 
 
 def encode_pairs(
@@ -67,6 +116,33 @@ def encode_pairs(
             tally.use()
             pairs.append(Pair(prompt, responses[chosen], responses[rejected], ranking.prompt_id))
     return Pairs(pairs, tally)
+
+
+def encode_labels(
+    rankings: list[Ranking], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[Labelled], Tally]:
+    """Every response as desirable or not; the middle of a ranking and what is too long are counted.
+
+    Desirable is what stands above more responses of its ranking than below: the label that most of its
+    pairs would give it, where a pair makes its chosen response desirable and its rejected one not (KTO,
+    arXiv 2402.01306, section 4). One that stands above as many as below has no label.
+    """
+    tally = Tally()
+    examples = []
+    for ranking in rankings:
+        prompt = encode_prompt(tokenizer, list(ranking.messages))
+        for text, rank in zip(ranking.responses, ranking.ranks, strict=True):
+            above = sum(rank < other for other in ranking.ranks)
+            below = sum(rank > other for other in ranking.ranks)
+            response = encode_completion(tokenizer, text, eos=True)
+            if above == below:
+                tally.drop("in the middle of its ranking", ranking.id)
+            elif len(prompt) + len(response) > max_length:
+                tally.drop(f"longer than {max_length} tokens with its prompt", ranking.id)
+            else:
+                tally.use()
+                examples.append(Labelled(prompt, response, above > below, ranking.prompt_id))
+    return examples, tally
 
 
 @torch.no_grad()
