@@ -116,7 +116,8 @@ def policy_loss(
     is_bounded_BR = torch.zeros_like(valid_BR)
     if dual_clip is not None:
         bound_BR = dual_clip * advantages_BR
-        is_bounded_BR = valid_BR & (advantages_BR < 0) & (surrogate_BR < bound_BR)
+        # the ratio of a slot that is not valid is 1, which no bound touches
+        is_bounded_BR = (advantages_BR < 0) & (surrogate_BR < bound_BR)
         surrogate_BR = torch.where(is_bounded_BR, bound_BR, surrogate_BR)
     if weights_BR is not None:
         surrogate_BR = weights_BR * surrogate_BR
