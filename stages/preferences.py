@@ -124,8 +124,8 @@ def encode_labels(
     """Every response as desirable or not; the middle of a ranking and what is too long are counted.
 
     Desirable is what stands above more responses of its ranking than below: the label that most of its
-    pairs would give it, where a pair makes its chosen response desirable and its rejected one not (KTO,
-    arXiv 2402.01306, section 4). One that stands above as many as below has no label.
+    pairs would give it, where a pair makes its chosen response desirable and its rejected one not, as
+    the KTO paper and TRL take pairs apart. One that stands above as many as below has no label.
     """
     tally = Tally()
     examples = []
@@ -172,4 +172,40 @@ def preference_metrics(
         "loss": -logsigmoid(margins_N).mean().item(),
         "accuracy": right_N.mean().item(),
         "margin": margins_N.mean().item(),
+    }
+
+
+def mismatched(pairs: list[Pair], max_length: int) -> list[Pair]:
+    """Each prompt with the responses of a pair half the list away: neighbours may share their prompt.
+
+    A response that does not fit behind the other prompt is cut.
+    """
+    half = len(pairs) // 2
+    found = []
+    for pair, other in zip(pairs, [*pairs[half:], *pairs[:half]], strict=True):
+        room = max_length - len(pair.prompt)
+        found.append(Pair(pair.prompt, other.chosen[:room], other.rejected[:room], pair.prompt_id))
+    return found
+
+
+def kto_metrics(
+    logprobs: tuple[Tensor, Tensor],
+    ref_logprobs: tuple[Tensor, Tensor],
+    mismatched: tuple[Tensor, Tensor],
+    ref_mismatched: tuple[Tensor, Tensor],
+    beta: float,
+) -> Metrics:
+    """KTO's loss of pairs whose chosen responses are desirable and rejected ones not, without weights.
+
+    kl: the reference point, max(0, mean log ratio of the mismatched responses). The loss of a desirable
+    response is 1 - sigmoid(beta (log ratio - kl)), that of the other one 1 - sigmoid(beta (kl - log
+    ratio)) (arXiv 2402.01306, eq. 7). Accuracy and margin are those of `preference_metrics`.
+    """
+    kl = max(0.0, (torch.cat(mismatched) - torch.cat(ref_mismatched)).mean().item())
+    gains_N = beta * (logprobs[0] - ref_logprobs[0] - kl)
+    losses_N = beta * (kl - logprobs[1] + ref_logprobs[1])
+    return {
+        **preference_metrics(logprobs, ref_logprobs, beta),
+        "loss": 1 - torch.cat([gains_N, losses_N]).sigmoid().mean().item(),
+        "kl": kl,
     }

@@ -98,7 +98,7 @@ def test_dpo_needs_no_reward_model_unless_best_of_does():
 def test_the_way_to_a_policy_changes_no_other_step():
     tree = {"pretrain": PRETRAIN, "sft": SFT, "sample": SAMPLE}
     ppo = steps(**tree)
-    for policy in ("dpo", "grpo", "rloo"):
+    for policy in ("dpo", "kto", "grpo", "rloo"):
         other = steps(**tree, run={"policy": policy})
         shared = [name for name in other if name in ppo and name != "evaluate"]
         assert len(shared) >= 5
