@@ -29,9 +29,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="A line from raw text to an aligned policy: tokenizer, pretrain, sft, sample, rank, reward,"
-    " ppo (or dpo, grpo, rloo), evaluate.\n\nStart with:  prefline run configs/demo.yaml",
+    " ppo (or dpo, kto, grpo, rloo), evaluate.\n\nStart with:  prefline run configs/demo.yaml",
 )
-_POLICIES = ("ppo", "dpo", "grpo", "rloo")
+_POLICIES = ("ppo", "dpo", "kto", "grpo", "rloo")
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 Target = Annotated[
@@ -166,7 +166,8 @@ for _stage, _text in {
     "sample": "Sample responses to be ranked, and nothing else.",
     "reward": "Train the reward model on the rankings, and nothing else.",
     "ppo": "Optimise the policy with PPO (sets run.policy), and nothing else.",
-    "dpo": "Optimise the policy on the rankings themselves (sets run.policy), and nothing else.",
+    "dpo": "Optimise the policy on pairs of the rankings (sets run.policy), and nothing else.",
+    "kto": "Optimise the policy on good and bad responses of the rankings (sets run.policy), and nothing else.",
     "grpo": "Optimise the policy with GRPO (sets run.policy), and nothing else.",
     "rloo": "Optimise the policy with RLOO (sets run.policy), and nothing else.",
     "evaluate": "Compare the policy with sft and base, and nothing else.",

@@ -38,6 +38,7 @@ STAGES: dict[str, Stage] = {
         Stage("reward", "stages.reward", 3, "reward_model", ("model", "reward")),
         Stage("ppo", "stages.ppo", 4, "policy", ("model", "pretrain", "sample", "ppo")),
         Stage("dpo", "stages.dpo", 1, "policy", ("model", "dpo")),
+        Stage("kto", "stages.kto", 1, "policy", ("model", "kto")),
         Stage("grpo", "stages.grpo", 1, "policy", ("model", "sample", "grpo")),
         Stage("rloo", "stages.rloo", 1, "policy", ("model", "sample", "rloo")),
         Stage(
@@ -157,8 +158,7 @@ def _rounds(settings: Settings, steps: _Steps, before_sft: str | None, sft: str 
                 {"samples": samples, "rankings": rankings},
                 {"data": settings.rank.data if round == 1 else None},
             )
-        # dpo learns from the rankings themselves
-        if rankings and (settings.run.policy != "dpo" or settings.evaluate.best_of):
+        if rankings and (not settings.run.learns_from_rankings or settings.evaluate.best_of):
             reward = add(
                 "reward",
                 round,
@@ -204,7 +204,7 @@ def _policy_reads(
     base = _base(settings)
     inputs: dict[str, str | None] = {"model": policy, "reference": sft}
     sources = {"model": None if policy else base, "reference": None if sft else base}
-    if settings.run.policy == "dpo":
+    if settings.run.learns_from_rankings:
         return {**inputs, "rankings": rankings}, sources
     own = getattr(settings, settings.run.policy)
     inputs |= {"reward_model": reward, "prompts": None if own.prompts else samples or rankings}

@@ -20,6 +20,8 @@ def training_charts(step: StepView) -> list[Markup]:
         plots = _against_reward(step.rows, step.metrics)
     elif step.stage == "dpo":
         plots = _dpo(step.name, step.rows)
+    elif step.stage == "kto":
+        plots = _kto(step.name, step.rows)
     else:
         plots = []
     return [plot for plot in plots if plot is not None]
@@ -66,20 +68,48 @@ def _dpo(name: str, rows: Sequence[Row]) -> list[Markup | None]:
             f"{name}: accuracy",
             "of pairs; a coin has 0.5",
         ),
+        *_implicit_rewards(name, rows, "chosen", "rejected"),
+    ]
+
+
+def _kto(name: str, rows: Sequence[Row]) -> list[Markup | None]:
+    return [
+        _beside_heldout(
+            rows, "loss", "heldout_loss", f"{name}: loss", "value lost; the reference has 0.5"
+        ),
+        _one(
+            rows,
+            "heldout_accuracy",
+            f"{name}: accuracy",
+            "of held-out pairs; a coin has 0.5",
+            "step",
+            look="dotted",
+        ),
+        _beside_heldout(
+            rows, "kl", "heldout_kl", f"{name}: reference point", "KL estimate, nats per response"
+        ),
+        *_implicit_rewards(name, rows, "desirable", "undesirable"),
+    ]
+
+
+def _implicit_rewards(
+    name: str, rows: Sequence[Row], better: str, worse: str
+) -> list[Markup | None]:
+    return [
         _beside_heldout(
             rows,
             "rewards/margins",
             "heldout_margin",
             f"{name}: margin",
-            "implicit reward, chosen \u2212 rejected",
+            f"implicit reward, {better} \u2212 {worse}",
         ),
         chart(
             f"{name}: implicit reward",
             "beta x log ratio to the reference",
             "step",
             [
-                Series("chosen", smooth(points(rows, "rewards/chosen")), "blue"),
-                Series("rejected", smooth(points(rows, "rewards/rejected")), "orange", "thin"),
+                Series(better, smooth(points(rows, "rewards/chosen")), "blue"),
+                Series(worse, smooth(points(rows, "rewards/rejected")), "orange", "thin"),
             ],
         ),
         _one(rows, "entropy", f"{name}: entropy", "nats per token", "step"),

@@ -23,6 +23,7 @@ KEY_METRICS: dict[str, tuple[tuple[str, str, bool], ...]] = {
     "reward": (("heldout_accuracy", "held-out accuracy", True),),
     "ppo": (("validation_reward", "validation reward", False),),
     "dpo": (("heldout_accuracy", "held-out accuracy", True),),
+    "kto": (("heldout_accuracy", "held-out accuracy", True),),
     "grpo": (("validation_reward", "validation reward", False),),
     "rloo": (("validation_reward", "validation reward", False),),
     "evaluate": (("win_rate_vs_sft", "wins against sft", True),),

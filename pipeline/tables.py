@@ -20,6 +20,7 @@ _HEADLINES = {
     "reward": ("heldout_accuracy", "held-out accuracy {:.3f}"),
     "ppo": ("kl_nats", "KL {:.2f} nats"),
     "dpo": ("heldout_accuracy", "held-out accuracy {:.3f}"),
+    "kto": ("heldout_accuracy", "held-out accuracy {:.3f}"),
     "grpo": ("validation_reward", "validation reward {:.3f}"),
     "rloo": ("validation_reward", "validation reward {:.3f}"),
     "evaluate": ("win_rate_vs_sft", "win rate {:.3f}"),

@@ -27,15 +27,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
 from pipeline import worker
-from pipeline.errors import StageError
 from pipeline.job import Inputs, Metrics, Out
-from pipeline.records import Ranking, read_jsonl
 from pipeline.settings import Settings
 from stages.common import epoch_order, seed_for, start
 from stages.models import add_lora, load_causal_lm, load_tokenizer, positions
-from stages.preferences import Pair, encode_pairs, pair_logprobs, preference_metrics
+from stages.preferences import (
+    Pair,
+    encode_pairs,
+    load_examples,
+    pair_logprobs,
+    preference_metrics,
+)
 from stages.trl_checkpoints import LineCallback, Schedule
-from stages.trl_runs import make_config, publish, quiet, train
+from stages.trl_runs import check_rows, make_config, publish, quiet, train
 
 _LOGGED = (
     "rewards/accuracies",
@@ -63,7 +67,18 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     plain = load_causal_lm(inputs["model"])
     num_parameters = plain.num_parameters()
     max_length = min(own.max_length, positions(plain) or own.max_length)
-    pairs, heldout = _pairs(settings, inputs, tokenizer, max_length, out)
+    best_worst = own.pairs == "best_worst"
+    pairs, heldout = (
+        load_examples(
+            inputs["rankings"],
+            split,
+            lambda rankings: encode_pairs(rankings, tokenizer, max_length, best_worst),
+            "pair",
+            out,
+        )
+        for split in ("train", "heldout")
+    )
+    heldout = heldout[: own.eval_pairs]
     steps = own.max_steps or math.ceil(own.epochs * len(pairs) / own.minibatch_rows)
     order = epoch_order(
         len(pairs), 0, steps * own.minibatch_rows, settings.run.seed, "dpo", out.round, "pairs"
@@ -96,7 +111,8 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
         out,
         accelerator,
     )
-    check_rows(trainer, pairs)
+    num_compared = sum(len(p.chosen) + len(p.rejected) for p in pairs)
+    check_rows(trainer, [_row(p) for p in pairs], {"completion_mask": num_compared}, out)
     out.say(f"{num_parameters:,} parameters, {steps} steps on {len(pairs)} pairs")
     train(trainer, callback, out)
     publish(trainer, tokenizer, out)
@@ -112,40 +128,6 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
         "heldout_pairs": len(heldout),
         "steps": steps,
     }
-
-
-def _pairs(
-    settings: Settings,
-    inputs: Inputs,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    out: Out,
-) -> tuple[list[Pair], list[Pair]]:
-    """The pairs to train on and some that are held out; says what was left out."""
-    assert inputs["rankings"].path is not None
-    rankings = [
-        Ranking.from_row(row) for row in read_jsonl(inputs["rankings"].path / "rankings.jsonl")
-    ]
-    parts = []
-    for split in ("train", "heldout"):
-        pairs, tally = encode_pairs(
-            [r for r in rankings if r.split == split],
-            tokenizer,
-            max_length,
-            settings.dpo.pairs == "best_worst",
-        )
-        out.say(f"{split} pairs: {tally.summary()}")
-        out.derived[f"{split}_pairs_dropped"] = dict(tally.reasons)
-        if not pairs:
-            raise StageError(
-                f"dpo: no {split} pair can be used: {tally.summary()}",
-                "At least one prompt needs two responses that were not ranked equal.",
-            )
-        parts.append(pairs)
-    train, heldout = parts
-    # by the prompt's hash: the first N of a file sorted by topic would be judged on its first topic
-    heldout.sort(key=lambda pair: pair.prompt_id)
-    return train, heldout[: settings.dpo.eval_pairs]
 
 
 def _trainer(
@@ -173,18 +155,11 @@ def _trainer(
         beta=settings.dpo.beta,
         max_length=None,
     )
-    rows = Dataset.from_dict(
-        {
-            "prompt_ids": [pair.prompt for pair in pairs],
-            "chosen_ids": [pair.chosen for pair in pairs],
-            "rejected_ids": [pair.rejected for pair in pairs],
-        }
-    )
     trainer = _Trainer(
         model=model,
         ref_model=reference,
         args=config,
-        train_dataset=rows,
+        train_dataset=Dataset.from_list([_row(pair) for pair in pairs]),
         processing_class=tokenizer,
         callbacks=[callback],
     )
@@ -192,25 +167,9 @@ def _trainer(
     return trainer
 
 
-def check_rows(trainer: DPOTrainer, pairs: list[Pair]) -> None:
-    """The trainer's own collator must hand over each response whole, and train nothing else.
-
-    Raises:
-        StageError: it does not.
-    """
-    found = 0
-    for at in range(0, len(pairs), 64):
-        part = [
-            {"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected}
-            for p in pairs[at : at + 64]
-        ]
-        found += int(trainer.data_collator(part)["completion_mask"].sum())
-    expected = sum(len(p.chosen) + len(p.rejected) for p in pairs)
-    if found != expected:
-        raise StageError(
-            f"dpo: the trainer would compare {found} tokens, the responses have {expected}",
-            "This is a fault of the toolkit or of a new trl version; please report it.",
-        )
+def _row(pair: Pair) -> dict[str, list[int]]:
+    """As TRL's collator wants it."""
+    return {"prompt_ids": pair.prompt, "chosen_ids": pair.chosen, "rejected_ids": pair.rejected}
 
 
 def _row_of(logs: Metrics) -> Metrics:

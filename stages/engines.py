@@ -24,11 +24,18 @@ from accelerate import Accelerator
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from pipeline.errors import StageError
+from pipeline.settings.online import OnlineSettings
+from pipeline.settings.ppo import PpoSettings
 from pipeline.settings.rollout import RolloutSettings
 from stages.common import seed_for
 from stages.generation import Generated, generate
@@ -52,6 +59,17 @@ class Sampling:
     max_response_tokens: int
     temperature: float
     rows_at_once: int
+
+    @classmethod
+    def of(cls, own: PpoSettings | OnlineSettings, tokenizer: PreTrainedTokenizerBase) -> Sampling:
+        """As the settings of ppo, grpo or rloo ask for it."""
+        return cls(
+            eos_id=tokenizer.eos_token_id,
+            pad_id=tokenizer.pad_token_id,
+            max_response_tokens=own.max_response_tokens,
+            temperature=own.temperature,
+            rows_at_once=own.rows_per_rank,
+        )
 
 
 class Engine(Protocol):

@@ -179,13 +179,7 @@ class OnlineRun:
         own, out = self.own, self.out
         self.trainer = trainer
         trainer.line = self
-        sampling = Sampling(
-            eos_id=self.tokenizer.eos_token_id,
-            pad_id=self.tokenizer.pad_token_id,
-            max_response_tokens=own.max_response_tokens,
-            temperature=own.temperature,
-            rows_at_once=own.rows_per_rank,
-        )
+        sampling = Sampling.of(own, self.tokenizer)
         self.engine = HfEngine(self.policy, sampling, trainer.accelerator)
         quiet(trainer, out)
         if isinstance(self.policy, PeftModel) and "ref" in self.policy.peft_config:
@@ -232,18 +226,16 @@ class OnlineRun:
 
     def _scores(
         self, prompts: list[list[int]], responses: list[list[int]]
-    ) -> tuple[list[float], dict[str, float]]:
-        """The rewards of responses (token ids, with the end token where they ended), and the mean of each
-        source where there are several."""
+    ) -> tuple[list[float], dict[str, Tensor]]:
+        """The rewards of responses (token ids, with the end token where they ended), and what each source
+        gave them, by name."""
         own, device = self.own, self.accelerator.device
         messages = [self.messages[tuple(prompt)] for prompt in prompts]
         with torch.no_grad(), self.trainer.accelerator.autocast():
             scores_B, parts_B = self.rewards.score(
                 prompts, messages, responses, self.tokenizer, device, own, own.rows_per_rank
             )
-        several = len(parts_B) > 1
-        means = {f"score/{k}": x_B.mean().item() for k, x_B in parts_B.items() if several}
-        return scores_B.tolist(), means
+        return scores_B.tolist(), parts_B
 
     @property
     def _score(self) -> Any:
@@ -258,9 +250,10 @@ class OnlineRun:
             ended = [ids[-1] == self.tokenizer.eos_token_id for ids in completion_ids]
             log_metric("eos_rate", sum(ended) / len(ended))
             log_metric("repetition", mean_repetition(completion_ids))
-            scores, means = self._scores(prompts, completion_ids)
-            for name, value in means.items():
-                log_metric(name, value)
+            scores, parts_B = self._scores(prompts, completion_ids)
+            if len(parts_B) > 1:
+                for name, part_B in parts_B.items():
+                    log_metric(f"score/{name}", part_B.mean().item())
             return scores
 
         return score

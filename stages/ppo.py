@@ -14,8 +14,9 @@ Metrics (healthy range): score (rises), score/NAME of each source where there ar
 a response (rises, then levels off; above ~10 the reward model is being gamed), kl_k3 (the same,
 never negative), reward = score - kl_coef * kl (rises), response_tokens, eos_rate (> 0.9), repetition
 of 4-grams (stays), explained_variance (towards 1), value_error (falls), entropy in nats a token
-(falls slowly; near 0 is collapse), clip_fraction (0.02 to 0.3), ratio_max (< 3), approx_kl old to new
-(< 0.02 a token), epochs_done, policy_loss, value_loss, *_grad_norm, alarms that hold (0);
+(falls slowly; near 0 is collapse), clip_fraction (0.02 to 0.3), dual_clip_fraction (with
+ppo.dual_clip; near 0), ratio_max (< 3), approx_kl old to new (< 0.02 a token), epochs_done,
+policy_loss, value_loss, *_grad_norm, alarms that hold (0);
 engine_kl of a sampling engine that is not the trainer's forward (< 0.01 nats a token);
 validation_score, validation_kl, validation_reward (and validation_gold) decide which policy is kept.
 """
@@ -370,6 +371,7 @@ class _Loop:
                 ppo.clip_high,
                 num_valid,
                 None if experience.weights_BR is None else own(experience.weights_BR),
+                ppo.dual_clip,
             )
             entropy = torch.where(valid_BR, outputs.entropy_BR, 0.0).sum()
             policy_loss = policy.loss - ppo.entropy_coef * entropy / num_valid
@@ -387,6 +389,8 @@ class _Loop:
                 "entropy": entropy,
                 "ratio_max": policy.ratio_max,
             }
+            if ppo.dual_clip is not None:
+                found["dual_clip_fraction"] = policy.dual_clipped
         return loss, {name: value.detach().float() for name, value in found.items()}
 
     def _gathered(self, sums: dict[str, Tensor], num_valid: int) -> Metrics:
@@ -395,7 +399,8 @@ class _Loop:
         names = list(sums)
         totals = sum_over_ranks(self.accelerator)(torch.stack([sums[name] for name in names]))
         found = dict(zip(names, totals.tolist(), strict=True))
-        for name in ("clip_fraction", "approx_kl", "entropy", "value_error"):
+        means = ("clip_fraction", "dual_clip_fraction", "approx_kl", "entropy", "value_error")
+        for name in means:
             if name in found:
                 found[name] /= num_valid
         if ratio_max is not None:

@@ -3,7 +3,8 @@
 Shapes in names: B rows (responses), R response tokens, right-padded. `valid_BR` is True on the
 tokens of a response, its end token included, and False after it.
 Sources: PPO arXiv 1707.06347, GAE arXiv 1506.02438, InstructGPT arXiv 2203.02155, Ziegler et al.
-arXiv 1909.08593; KL estimators: Schulman, "Approximating KL divergence" (2020).
+arXiv 1909.08593, dual clip arXiv 1912.09729; KL estimators: Schulman, "Approximating KL divergence"
+(2020).
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ class PolicyLoss(NamedTuple):
 
     loss: Tensor
     clipped: Tensor
+    dual_clipped: Tensor
     approx_kl: Tensor
     ratio_max: Tensor
 
@@ -96,25 +98,36 @@ def policy_loss(
     clip_high: float,
     num_valid: Tensor | float,
     weights_BR: Tensor | None = None,
+    dual_clip: float | None = None,
 ) -> PolicyLoss:
     """Clipped surrogate (PPO paper, eq. 7), summed over valid tokens and divided by `num_valid`.
 
     num_valid: valid tokens of the whole minibatch over all ranks, so that neither micro-batches nor
     ranks change the result. weights_BR: importance weights of tokens that another engine sampled
-    (`truncated_importance`); None is 1.
+    (`truncated_importance`); None is 1. dual_clip: c > 1; where the advantage is negative the
+    surrogate is c * advantage at least (Ye et al. 2020, arXiv 1912.09729, eq. 5): a token whose ratio
+    has grown beyond c teaches nothing, instead of ever more. None: no such bound.
     """
     log_ratio_BR = torch.where(valid_BR, logprobs_BR - old_logprobs_BR, 0.0)
     log_ratio_BR = log_ratio_BR.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     ratio_BR = log_ratio_BR.exp()
     clipped_BR = ratio_BR.clamp(1 - clip_low, 1 + clip_high)
     surrogate_BR = torch.minimum(ratio_BR * advantages_BR, clipped_BR * advantages_BR)
+    is_bounded_BR = torch.zeros_like(valid_BR)
+    if dual_clip is not None:
+        bound_BR = dual_clip * advantages_BR
+        # the ratio of a slot that is not valid is 1, which no bound touches
+        is_bounded_BR = (advantages_BR < 0) & (surrogate_BR < bound_BR)
+        surrogate_BR = torch.where(is_bounded_BR, bound_BR, surrogate_BR)
     if weights_BR is not None:
         surrogate_BR = weights_BR * surrogate_BR
     loss = -torch.where(valid_BR, surrogate_BR, 0.0).sum() / num_valid
     with torch.no_grad():
         is_clipped_BR = valid_BR & (clipped_BR * advantages_BR < ratio_BR * advantages_BR)
         k3_BR = torch.where(valid_BR, ratio_BR - 1 - log_ratio_BR, 0.0)
-        return PolicyLoss(loss, is_clipped_BR.sum(), k3_BR.sum(), ratio_BR.max())
+        return PolicyLoss(
+            loss, is_clipped_BR.sum(), is_bounded_BR.sum(), k3_BR.sum(), ratio_BR.max()
+        )
 
 
 def truncated_importance(

@@ -69,13 +69,7 @@ def load_models(settings: Settings, inputs: Inputs, accelerator: Accelerator, ou
     if "gold" in inputs:
         path = inputs["gold"].sources[0]
         gold = load_given("gold", path, 0.0, contract, ppo.max_response_tokens, out).to(device)
-    sampling = Sampling(
-        eos_id=tokenizer.eos_token_id,
-        pad_id=tokenizer.pad_token_id,
-        max_response_tokens=ppo.max_response_tokens,
-        temperature=ppo.temperature,
-        rows_at_once=ppo.rows_per_rank,
-    )
+    sampling = Sampling.of(ppo, tokenizer)
     folder = out.checkpoints / "weights"
     engine = make_engine(ppo.rollout, policy, sampling, accelerator, folder, agent.value_head)
     return Models(agent, engine, reference, rewards, gold, tokenizer)

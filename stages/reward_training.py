@@ -68,19 +68,21 @@ def train_reward_model(
     steps = steps_per_epoch * settings.epochs
     optimizer = adamw(model, settings.lr, settings.weight_decay)
     checkpoints = Checkpointer(out, keep_checkpoints, accelerator)
-    begin = 0
+    begin = skipped = 0
     found = checkpoints.load_latest()
     if found:
         load_trainable(model, found.tensors["model"])
         load_optimizer(optimizer, found.tensors["optimizer"])
         begin = found.step
+        # a checkpoint of before this was counted has no number
+        skipped = found.state.get("off_prompt_skipped", 0)
     scorer = accelerator.prepare_model(GroupScorer(model, pad_id, share_prefix))
     others = OtherPrompts(rankings, longest_row(settings, backbone_and_head(model)[0]), seed)
     weights_NH = ranking_weights(rankings, backbone_and_head(model)[1].out_features, seed)
 
     def save(step: int) -> None:
         groups = {"model": trainable_tensors(model), "optimizer": optimizer_tensors(optimizer)}
-        checkpoints.save(step, groups, {})
+        checkpoints.save(step, groups, {"off_prompt_skipped": skipped})
 
     model.train()
     for step in range(begin, steps):
@@ -95,10 +97,12 @@ def train_reward_model(
         lr = settings.lr * warmup_cosine(step, steps, settings.warmup_fraction)
         set_lr(optimizer, lr)
         torch.manual_seed(seed + step * 1009 + out.rank)  # dropout
+        off_prompt = others.groups(order, step) if settings.off_prompt else []
+        skipped += sum(not group.responses for group in off_prompt)
         row = _gradients(
             scorer,
             [rankings[i] for i in order],
-            others.groups(order, step) if settings.off_prompt else [],
+            off_prompt,
             weights_NH[order],
             settings,
             accelerator,
@@ -114,6 +118,13 @@ def train_reward_model(
         out.progress(step + 1, steps)
         if (step + 1) % settings.checkpoint_every_steps == 0:
             save(step + 1)
+    if settings.off_prompt:
+        out.derived["off_prompt_skipped"] = skipped
+        if skipped:
+            out.say(
+                f"reward.off_prompt: left out {skipped} of {len(rankings) * settings.epochs} times: all"
+                f" of the {_CANDIDATES} prompts drawn were the ranking's own or too long"
+            )
     return model
 
 

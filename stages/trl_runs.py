@@ -1,4 +1,5 @@
-"""A trainer of TRL as a stage: its arguments, its start and resume, its result. For sft, dpo, grpo, rloo.
+"""A trainer of TRL as a stage: its arguments, its start and resume, its result. For sft, dpo, kto, grpo,
+rloo.
 
 What TRL turns on by default and a stage must not: gradient checkpointing (a fifth of the speed on a
 small model), bf16 wherever a GPU is expected, saving by its own rules, logging a NaN loss as 0.
@@ -7,6 +8,8 @@ small model), bf16 wherever a GPU is expected, saving by its own rules, logging 
 from __future__ import annotations
 
 import warnings
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -110,6 +113,29 @@ def quiet(trainer: Trainer, out: Out) -> None:
             f"{out.step}: {out.world_size} processes were started, but the Trainer sees"
             f" {trainer.args.world_size}"
         )
+
+
+def check_rows(
+    trainer: Trainer, rows: Sequence[dict[str, Any]], expected: dict[str, int], out: Out
+) -> None:
+    """The trainer's own collator must hand over each response whole, and train nothing else.
+
+    expected: tokens that each mask of the collated `rows` has to let through, all rows together.
+
+    Raises:
+        StageError: it does not.
+    """
+    found = Counter[str]()
+    for at in range(0, len(rows), 64):
+        batch = trainer.data_collator(rows[at : at + 64])
+        found.update({mask: int(batch[mask].sum()) for mask in expected})
+    for mask, tokens in expected.items():
+        if found[mask] != tokens:
+            raise StageError(
+                f"{out.stage}: the trainer would compare {found[mask]} tokens ({mask}), the"
+                f" responses have {tokens}",
+                "This is a fault of the toolkit or of a new trl version; please report it.",
+            )
 
 
 def train(trainer: Trainer, callback: LineCallback, out: Out, steps_per_row: int = 1) -> None:

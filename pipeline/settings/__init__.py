@@ -8,6 +8,7 @@ from pipeline.config import Strict
 from pipeline.settings.dpo import DpoSettings
 from pipeline.settings.evaluate import EvaluateSettings
 from pipeline.settings.grpo import GrpoSettings
+from pipeline.settings.kto import KtoSettings
 from pipeline.settings.launch import LaunchSettings
 from pipeline.settings.model import LoraSettings, ModelSettings
 from pipeline.settings.online import OnlineSettings
@@ -50,6 +51,8 @@ class Settings(Strict):
     """Policy optimisation."""
     dpo: DpoSettings = DpoSettings()
     """DPO instead of ppo (run.policy: dpo)."""
+    kto: KtoSettings = KtoSettings()
+    """KTO instead of ppo (run.policy: kto)."""
     grpo: GrpoSettings = GrpoSettings()
     """GRPO instead of ppo (run.policy: grpo)."""
     rloo: RlooSettings = RlooSettings()
@@ -110,6 +113,11 @@ class Settings(Strict):
                 f"launch.processes {self.launch.processes} does not divide the {rows} rows of a"
                 f" minibatch of {self.run.policy} ({key})"
             )
+        if self.run.policy == "kto" and rows == parts:
+            raise ValueError(
+                "kto compares each prompt with the response to another one: it needs two rows in every"
+                f" micro-batch, and has one ({key})"
+            )
         return self
 
     def _check_selection(self) -> None:
@@ -138,7 +146,7 @@ class Settings(Strict):
     @property
     def is_rewarded_otherwise(self) -> bool:
         """Whether the policy has prompts and a reward (rules, the user's reward models) without rankings."""
-        if self.run.policy == "dpo" or self.has_rankings:
+        if self.run.learns_from_rankings or self.has_rankings:
             return False
         own: PpoSettings | OnlineSettings = getattr(self, self.run.policy)
         return own.reward_weight == 0 and own.prompts is not None
@@ -150,9 +158,10 @@ class Settings(Strict):
         if name == "ppo":
             rows = self.ppo.minibatch_rows or self.ppo.prompts_per_step
             return rows, processes, "ppo.minibatch_rows, or else ppo.prompts_per_step"
-        if name == "dpo":
-            key = "dpo.minibatch_rows, with dpo.accumulation_steps"
-            return self.dpo.minibatch_rows, processes * self.dpo.accumulation_steps, key
+        if self.run.learns_from_rankings:
+            ranked = self.dpo if name == "dpo" else self.kto
+            key = f"{name}.minibatch_rows, with {name}.accumulation_steps"
+            return ranked.minibatch_rows, processes * ranked.accumulation_steps, key
         own = self.grpo if name == "grpo" else self.rloo
         key = f"{name}.prompts_per_step x {name}.responses_per_prompt"
         rows = own.prompts_per_step * own.responses_per_prompt

@@ -64,6 +64,9 @@ class PpoSettings(RewardedSettings):
     """The ratio is clipped below at 1 - clip_low (PPO paper, eq. 7: 0.2)."""
     clip_high: float = Field(0.2, gt=0)
     """The ratio is clipped above at 1 + clip_high (0.2; DAPO, arXiv 2503.14476, takes 0.28)."""
+    dual_clip: float | None = Field(None, gt=1)
+    """Where the advantage is negative, a ratio beyond this one teaches nothing (Ye et al., arXiv 1912.09729,
+    eq. 5: 3); null is off, as in the PPO paper."""
     value_clip: float = Field(0.2, gt=0)
     """A value may move this far from its rollout value in one update (OpenAI baselines, TRL: 0.2)."""
     vf_coef: float = Field(0.1, gt=0)

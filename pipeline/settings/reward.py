@@ -27,7 +27,8 @@ class RewardSettings(Strict):
     suggests 0.01)."""
     off_prompt: float = Field(0.0, ge=0)
     """Weight of a second loss: the best response of a ranking must score higher behind its own prompt than
-    behind a similar one. A small model otherwise learns to score without reading the prompt (measured)."""
+    behind a similar one. A small model otherwise learns to score without reading the prompt (measured).
+    Where no other prompt fits it is left out and counted."""
     annotator_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Weight of an annotator's rankings in training, by the name in `rankings.jsonl`, times what the rank step
     found (`rank.weigh_by`); 1 where not given, 0 leaves them out. Held-out rankings all count the same."""

@@ -18,5 +18,11 @@ class RunSettings(Strict):
     """The one seed: every random number of every stage is derived from it."""
     rounds: int = unhashed(1, ge=1, le=100)
     """Rounds of sample, rank, reward, the policy and evaluate; a round samples from the policy before it."""
-    policy: Literal["ppo", "dpo", "grpo", "rloo"] = unhashed("ppo")
-    """How the policy is optimised: ppo, grpo and rloo against the reward model, dpo on the rankings."""
+    policy: Literal["ppo", "dpo", "kto", "grpo", "rloo"] = unhashed("ppo")
+    """How the policy is optimised: ppo, grpo and rloo against the reward model, dpo and kto on the
+    rankings."""
+
+    @property
+    def learns_from_rankings(self) -> bool:
+        """Whether the policy learns from the rankings themselves and reads no reward model."""
+        return self.policy in ("dpo", "kto")

@@ -17,6 +17,7 @@ SURFACE = {
     "reward": ["target", "overrides"],
     "ppo": ["target", "overrides"],
     "dpo": ["target", "overrides"],
+    "kto": ["target", "overrides"],
     "grpo": ["target", "overrides"],
     "rloo": ["target", "overrides"],
     "evaluate": ["target", "overrides"],

@@ -17,12 +17,12 @@ def started(run: Path) -> list[str]:
     return [row["step"] for row in rows if row["event"] == "started"]
 
 
-def test_dpo_grpo_and_rloo_share_the_labels_of_one_run(tmp_path: Path) -> None:
+def test_dpo_kto_grpo_and_rloo_share_the_labels_of_one_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     answer = prefline("run", "configs/tiny.yaml", f"run.dir={run}", "--until", "reward")
     assert answer.returncode == 0, answer.stderr
     done = started(run)
-    for policy in ("grpo", "rloo", "dpo"):
+    for policy in ("grpo", "rloo", "kto", "dpo"):
         more = [] if policy != "dpo" else ["evaluate.best_of=4"]
         answer = prefline("run", str(run), f"run.policy={policy}", *more)
         assert answer.returncode == 0, answer.stderr

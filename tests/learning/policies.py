@@ -1,4 +1,4 @@
-"""What the same labels are worth to PPO, DPO, GRPO, RLOO and best of n: several seeds of the demo.
+"""What the same labels are worth to PPO, DPO, KTO, GRPO, RLOO and best of n: several seeds of the demo.
 
     python -m tests.learning.policies OUT [--seeds 0 1 2 3 4] [--variants ppo dpo] [--jobs 2]
 
@@ -38,6 +38,7 @@ _LORA = ("run.policy=ppo", "ppo.lora.rank=16", "ppo.lr=1e-3")
 VARIANTS = {
     "ppo": Variant((*_PPO, "evaluate.best_of=16")),
     "dpo": Variant(("run.policy=dpo", "evaluate.best_of=0")),
+    "kto": Variant(("run.policy=kto", "evaluate.best_of=0")),
     "rloo": Variant(("run.policy=rloo", "evaluate.best_of=0")),
     "grpo": Variant(("run.policy=grpo", "evaluate.best_of=0"), 3),
     "ppo, shared critic": Variant((*_PPO, "ppo.critic=shared", "evaluate.best_of=0"), 3),
@@ -82,7 +83,7 @@ def rows_of(run: Path, seed: int, name: str) -> list[dict[str, Any]]:
     )
     steps = {step["step"]: step for step in json.loads(done.stdout)["steps"]}
     metrics = steps["evaluate"]["metrics"]
-    policy = next(steps[p] for p in ("ppo", "dpo", "grpo", "rloo") if p in steps)
+    policy = next(steps[p] for p in ("ppo", "dpo", "kto", "grpo", "rloo") if p in steps)
     keys = ("win_rate_vs_sft", "win_rate_low", "win_rate_high", "kl_nats", "perplexity")
     keys += ("well_formed", "degenerate_rate", "mean_tokens", "rubric_score", "skeletons")
     row = {

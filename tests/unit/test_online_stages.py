@@ -235,11 +235,11 @@ def test_bf16_is_applied_and_the_weights_stay_fp32(stage, world, finished, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("stage", ["dpo", "grpo", "rloo"])
+@pytest.mark.parametrize("stage", ["dpo", "kto", "grpo", "rloo"])
 def test_a_killed_run_ends_with_the_same_bytes(stage, world, tmp_path):
     """SIGKILL while it trains, at no chosen place."""
     own = {**OWN, "checkpoint_every_updates": 1, "updates": 12}
-    if stage == "dpo":
+    if stage in ("dpo", "kto"):
         own = {"lr": 3e-3, "minibatch_rows": 4, "max_steps": 12, "checkpoint_every_steps": 1}
     code = (
         "import importlib, sys; from pathlib import Path; from pipeline.job import Job, Out;"
@@ -279,10 +279,10 @@ def test_a_killed_run_ends_with_the_same_bytes(stage, world, tmp_path):
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("stage", ["dpo", "grpo", "rloo"])
+@pytest.mark.parametrize("stage", ["dpo", "kto", "grpo", "rloo"])
 def test_two_processes_train_the_same_model(stage, world, tmp_path):
     own = {**OWN, "updates": 2, "eval_prompts": 3}
-    if stage == "dpo":
+    if stage in ("dpo", "kto"):
         own = {"lr": 3e-3, "minibatch_rows": 8, "max_steps": 2}
     code = (
         "import importlib, os, sys; from pathlib import Path; from pipeline.job import Job, Out\n"

@@ -83,12 +83,13 @@ def test_another_way_to_a_policy_reads_what_ppo_reads(policy):
     assert found["sample-2"].inputs == {"model": policy}
 
 
-def test_dpo_needs_no_reward_model_unless_best_of_does():
-    tree = {"pretrain": PRETRAIN, "sft": SFT, "sample": SAMPLE, "run": {"policy": "dpo"}}
+@pytest.mark.parametrize("policy", ["dpo", "kto"])
+def test_dpo_and_kto_need_no_reward_model_unless_best_of_does(policy):
+    tree = {"pretrain": PRETRAIN, "sft": SFT, "sample": SAMPLE, "run": {"policy": policy}}
     found = steps(**tree)
-    names = ["tokenizer", "pretrain", "sft", "sample", "rank", "dpo", "evaluate"]
+    names = ["tokenizer", "pretrain", "sft", "sample", "rank", policy, "evaluate"]
     assert list(found) == names
-    assert found["dpo"].inputs == {"model": "sft", "reference": "sft", "rankings": "rank"}
+    assert found[policy].inputs == {"model": "sft", "reference": "sft", "rankings": "rank"}
     assert "reward_model" not in found["evaluate"].inputs
     best_of = steps(**tree, evaluate={"best_of": 4})
     assert list(best_of) == [*names[:5], "reward", *names[5:]]
@@ -98,7 +99,7 @@ def test_dpo_needs_no_reward_model_unless_best_of_does():
 def test_the_way_to_a_policy_changes_no_other_step():
     tree = {"pretrain": PRETRAIN, "sft": SFT, "sample": SAMPLE}
     ppo = steps(**tree)
-    for policy in ("dpo", "grpo", "rloo"):
+    for policy in ("dpo", "kto", "grpo", "rloo"):
         other = steps(**tree, run={"policy": policy})
         shared = [name for name in other if name in ppo and name != "evaluate"]
         assert len(shared) >= 5

@@ -123,6 +123,68 @@ def test_the_ratio_is_clipped_only_where_that_is_pessimistic(
     assert found.approx_kl.item() == pytest.approx(ratio - 1 - math.log(ratio))
 
 
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "expected", "gradient"),
+    [
+        # beyond the bound: 3 * 2, and nothing to learn from it
+        (5.0, -2.0, 6.0, 0.0),
+        # within: ratio * 2 as without it, with the gradient of that
+        (2.5, -2.0, 5.0, 5.0),
+        (1.0, -2.0, 2.0, 2.0),
+        # the other clips stay as they were: 0.7 * 2 and 1.2 * 2
+        (0.5, -2.0, 1.4, 0.0),
+        (5.0, 2.0, -2.4, 0.0),
+        # a positive advantage has no such bound, though 0.5 * 2 lies below 3 * 2
+        (0.5, 2.0, -1.0, -1.0),
+    ],
+)
+def test_the_dual_clip_bounds_the_loss_of_a_negative_advantage(
+    ratio: float, advantage: float, expected: float, gradient: float
+) -> None:
+    one = torch.ones(1, 1, dtype=torch.float64)
+    logprobs = (one * math.log(ratio)).requires_grad_()
+    found = ppo_math.policy_loss(
+        logprobs, one * 0, one * advantage, one.bool(), 0.3, 0.2, 1, dual_clip=3.0
+    )
+    assert found.loss.item() == pytest.approx(expected)
+    # d ratio / d logprob is the ratio
+    (found_gradient,) = torch.autograd.grad(found.loss, logprobs)
+    assert found_gradient.item() == pytest.approx(gradient)
+    assert found.dual_clipped.item() == (expected == 6.0)
+    assert found.clipped.item() == (expected in (1.4, -2.4))
+
+
+def test_the_dual_clip_counts_valid_tokens_beyond_the_bound() -> None:
+    valid = torch.tensor([[True, True, True, False]])
+    log_ratio = torch.tensor([[4.0, 3.0, 2.0, 9.0]], dtype=torch.float64).log()
+    zeros, advantages = torch.zeros_like(log_ratio), -torch.ones_like(log_ratio)
+    # the second stands exactly on the bound
+    bound = log_ratio.exp()[0, 1].item()
+    weights = torch.tensor([[0.5, 1.0, 1.0, 1.0]])
+    found = ppo_math.policy_loss(
+        log_ratio, zeros, advantages, valid, 0.2, 0.2, 3, weights, dual_clip=bound
+    )
+    assert found.dual_clipped.item() == 1
+    # importance weights multiply what the bound left
+    assert found.loss.item() == pytest.approx((0.5 * 3 + 3 + 2) / 3)
+
+
+@pytest.mark.parametrize("dual_clip", [None, 1e9])
+def test_without_a_dual_clip_the_loss_is_bit_for_bit_that_of_the_ppo_paper(
+    dual_clip: float | None,
+) -> None:
+    logprobs, old, advantages = random_rows(5).requires_grad_(), random_rows(7), random_rows(6)
+    ratio = (logprobs - old).exp()
+    plain = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    expected = -torch.where(VALID, plain, 0.0).sum() / 8
+    found = ppo_math.policy_loss(logprobs, old, advantages, VALID, 0.2, 0.2, 8, None, dual_clip)
+    assert torch.equal(found.loss, expected)
+    assert torch.equal(
+        *(torch.autograd.grad(x, logprobs, retain_graph=True)[0] for x in (found.loss, expected))
+    )
+    assert found.dual_clipped.item() == 0
+
+
 def test_junk_beyond_the_end_changes_neither_loss_nor_gradient() -> None:
     logprobs = random_rows(5).requires_grad_()
     junk = torch.where(VALID, 0.0, 1e6).double()

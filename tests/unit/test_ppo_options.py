@@ -89,6 +89,23 @@ def test_the_policy_s_own_warm_up_begins_where_that_of_the_critic_ends(
     )
 
 
+def test_a_dual_clip_that_nothing_reaches_changes_no_bit(inputs: Inputs, tmp_path: Path) -> None:
+    for name, bound in (("off", None), ("far", 1e6), ("near", 1 + 1e-6)):
+        run_ppo(make_job(tmp_path / name, inputs, dual_clip=bound, rows_per_rank=1))
+    off, far, near = (rows_of(tmp_path / name) for name in ("off", "far", "near"))
+    # not the published ones, which may be those of the start
+    trained = {
+        name: (tmp_path / name / "checkpoints/step-00000002/policy.safetensors").read_bytes()
+        for name in ("off", "far", "near")
+    }
+    assert trained["far"] == trained["off"]
+    assert [row.pop("dual_clip_fraction") for row in far[1:]] == [0.0] * 3
+    assert far == off
+    # and one within reach counts its share of the tokens, and trains something else
+    assert all(0 < row["dual_clip_fraction"] < 1 for row in near[1:])
+    assert trained["near"] != trained["off"]
+
+
 def test_pretraining_text_is_learnt_along(inputs: Inputs, tmp_path: Path) -> None:
     changes = {"ptx_tokens": 16, "ptx_data": "x", "updates": 6}
     run_ppo(make_job(tmp_path / "ptx", with_text(inputs, tmp_path), ptx_coef=1.0, **changes))

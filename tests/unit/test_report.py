@@ -203,6 +203,12 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
             ["dpo: loss", "dpo: accuracy", "dpo: margin", "dpo: implicit reward"],
         ),
         (
+            "kto",
+            {"loss": 0.4, "kl": 0.1, "heldout_accuracy": 0.6, "rewards/margins": 0.2}
+            | {"rewards/chosen": 0.1},
+            ["kto: loss", "kto: accuracy", "kto: reference point", "kto: margin", "desirable"],
+        ),
+        (
             "grpo",
             {"score": 0.1, "kl": 0.3, "reward": 0.0, "equal_groups": 0.2, "entropy": 1.0},
             ["Reward", "KL from the reference", "Prompts that teach nothing", "Entropy"],

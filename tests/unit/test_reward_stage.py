@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline import worker
 from pipeline.config import load_settings
 from pipeline.errors import ConfigError, StageError, Stopped
 from pipeline.job import Input, Job, Out
@@ -33,7 +35,7 @@ from stages.models import (
 from stages.ranked_data import encode_rankings
 from stages.reward_heads import load_heads, score_with_uncertainty
 from stages.rollout import last_token_scores
-from stages.shared_prefix import GroupScorer
+from stages.shared_prefix import GroupScorer, PromptGroup
 
 WORDS = ["bad", "poor", "fair", "good", "great"]
 BASE_DIGEST = "sha256:" + "1" * 64
@@ -257,6 +259,39 @@ def test_other_losses_learn_the_order_too(
 ) -> None:
     metrics, _ = run(job(tmp_path, base, epochs=6, **settings))
     assert metrics["heldout_accuracy"] > 0.8
+
+
+def test_rankings_that_no_other_prompt_fits_are_counted_across_a_stop(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # a prompt of most rankings, which is therefore often drawn for itself
+    rows = [
+        replace(r, messages=rankings(1)[0].messages) if r.split == "train" and n % 3 else r
+        for n, r in enumerate(rankings(40))
+    ]
+    own = {"off_prompt": 0.5, "epochs": 2, "prompts_per_step": 4, "checkpoint_every_steps": 1}
+    counted: list[int] = []
+    real = reward_training.OtherPrompts.groups
+
+    def count(self: reward_training.OtherPrompts, order: list[int], step: int) -> list[PromptGroup]:
+        groups = real(self, order, step)
+        counted.append(sum(group.responses == [] for group in groups))
+        return groups
+
+    monkeypatch.setattr(reward_training.OtherPrompts, "groups", count)
+    _, whole = run(job(tmp_path / "whole", base, rows, **own))
+    assert whole.derived["off_prompt_skipped"] == sum(counted) > 0
+    assert f"reward.off_prompt: left out {sum(counted)} of 64 times" in capsys.readouterr().err
+
+    asked = iter([False] * 5 + [True])
+    monkeypatch.setattr(worker, "stop_requested", lambda: next(asked, False))
+    with pytest.raises(Stopped):
+        run(job(tmp_path / "run", base, rows, **own))
+    _, out = run(job(tmp_path / "run", base, rows, **own))
+    assert out.resumed_from == 5
+    assert out.derived["off_prompt_skipped"] == whole.derived["off_prompt_skipped"]
+    # without it nothing is left out
+    assert "off_prompt_skipped" not in run(job(tmp_path / "off", base, rows))[1].derived
 
 
 def test_an_annotator_of_weight_zero_is_left_out_and_one_who_is_unknown_is_named(

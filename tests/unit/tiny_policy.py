@@ -64,7 +64,7 @@ def make_rankings(folder: Path, count: int = 24) -> Path:
 
 
 def make_job(stage: str, work: Path, world: dict[str, Path], **settings: object) -> Job:
-    """A job of dpo, grpo or rloo on the folders of `world`: base, reward_model, rankings."""
+    """A job of dpo, kto, grpo or rloo on the folders of `world`: base, reward_model, rankings."""
     work.mkdir(parents=True, exist_ok=True)
     tree = Settings.model_validate(
         {
