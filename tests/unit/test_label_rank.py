@@ -160,7 +160,8 @@ def work_as(store, user, count):
 
 def test_people_are_waited_for_until_there_are_enough(tmp_path):
     given, out = {"samples": samples(tmp_path)}, make_out(tmp_path)
-    people = settings(by="people", minimum=20)
+    # the queue has no order: of 20 of 30 prompts some must be held out whichever they are
+    people = settings(by="people", minimum=20, heldout_fraction=0.5)
     with pytest.raises(PeopleNeeded, match="0 of 20 rankings"):
         rank.run(people, given, out)
     store = Store(tmp_path / "labels.db")
