@@ -319,8 +319,6 @@ def _state(
     state = "unrankable" if status == "all_bad" else "ranked"
     if before is not None:
         return ("late" if found.state == "late" else state), "Changed."
-    # two late submissions must not both find the last place free
-    tx.execute(sa.select(tasks.c.id).where(tasks.c.id == found.task_id).with_for_update())
     if is_frozen(tx, found.task_id):
         return "late", "Saved, but late: the lead has closed these prompts."
     if found.expires <= now and not has_room(tx, found.task_id, now):
