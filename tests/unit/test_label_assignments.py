@@ -45,7 +45,9 @@ def stored(store, task):
         ).all()
 
 
-def test_a_person_who_comes_back_finds_the_same_prompt_in_the_same_order_with_their_draft(new_store):
+def test_a_person_who_comes_back_finds_the_same_prompt_in_the_same_order_with_their_draft(
+    new_store,
+):
     store, (ann, _) = make(new_store)
     first = claim(store, ann, NOW)
     assert save_draft(store, ann, first.token, [1, None, 2], 1, NOW)
