@@ -114,14 +114,8 @@ def _from_queue(tx: Connection, user_id: int, now: float) -> Row[Any] | None:
         .where(~mine(user_id).exists())
         .order_by(tasks.c.filled.desc(), tasks.c.priority.desc(), tasks.c.lot)
         .limit(1)
-        # two servers on one Postgres take different rows; SQLite has the write lock instead
-        .with_for_update(of=tasks, skip_locked=True)
     )
-    while (row := tx.execute(query).first()) is not None:
-        # on Postgres the count was made before the row was locked
-        if has_room(tx, row.id, now):
-            return row
-    return None
+    return tx.execute(query).first()
 
 
 def _gold(tx: Connection, user_id: int) -> str | None:
@@ -162,6 +156,6 @@ def _repeat(tx: Connection, user_id: int) -> str | None:
 
 
 def active_user(tx: Connection, user_id: int) -> Row[Any] | None:
-    """The account, locked: two tabs of one person are served one after the other."""
-    row = tx.execute(sa.select(users).where(users.c.id == user_id).with_for_update()).first()
+    """The account, unless it is closed."""
+    row = tx.execute(sa.select(users).where(users.c.id == user_id)).first()
     return row if row is not None and row.active else None

@@ -46,4 +46,4 @@ class RankSettings(Strict):
 
     One in fifty costs little and gives 20 of them in a thousand. A new queue starts with it."""
     store: str | None = unhashed(None)
-    """Label store as an SQLAlchemy URL; null is labels.db in the run directory."""
+    """Label store: sqlite:///PATH or postgresql+psycopg://...; null is labels.db in the run directory."""
