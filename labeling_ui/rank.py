@@ -16,14 +16,15 @@ suspicious, null without overlap); train, heldout; dropped by reason.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import closing
-from itertools import combinations
 from typing import Any
 
 import sqlalchemy as sa
 
+from labeling_ui.aggregate import group_rankings
+from labeling_ui.agreement import pairwise_agreement
 from labeling_ui.exporting import is_heldout, snapshot
 from labeling_ui.importing import Report, import_rankings
 from labeling_ui.progress import progress, write_progress
@@ -217,18 +218,9 @@ def agreement(rankings: list[Ranking]) -> float | None:
 
     Chance is 0.5. None where no two annotators ranked the same responses.
     """
-    groups: dict[tuple[str, tuple[str, ...]], list[dict[str, int]]] = defaultdict(list)
-    for ranking in rankings:
-        rank_of = dict(zip(ranking.responses, ranking.ranks, strict=True))
-        groups[ranking.prompt_id, tuple(sorted(rank_of))].append(rank_of)
-    same = total = 0
-    for (_, texts), orders in groups.items():
-        for first, second in combinations(orders, 2):
-            for a, b in combinations(texts, 2):
-                sign = (first[a] - first[b]) * (second[a] - second[b])
-                same += sign > 0
-                total += sign != 0
-    return same / total if total else None
+    groups, _ = group_rankings(rankings)
+    found = pairwise_agreement([voice for group in groups for voice in group.judgements()])
+    return found.value if found else None
 
 
 def _sampled_prompts(inputs: Inputs) -> dict[str, Prompt]:

@@ -67,7 +67,8 @@ def test_the_humans_do_not_know_the_work(name):
 @pytest.mark.parametrize("name", of("labeling_ui"))
 def test_only_files_that_draw_import_gradio(name):
     deciding = {"rank", "store", "assignments", "quality", "importing", "exporting", "accounts"}
-    if Path(name).stem in deciding | {"simulate", "progress", "layouts", "labels"}:
+    deciding |= {"simulate", "progress", "layouts", "labels"}
+    if Path(name).stem in deciding | {"judgements", "agreement", "aggregate"}:
         assert "gradio" not in tops(name)
 
 

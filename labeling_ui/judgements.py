@@ -1,0 +1,153 @@
+"""What annotators said, as plain values: the input of agreement.py and quality.py.
+
+Shapes: N judgements, K responses of one task, Q pairs of responses, P prompts, C columns, D draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+DRAWS = 2000
+_Z95 = 1.959964
+_PICKS_AT_ONCE = 2**18
+
+
+@dataclass(frozen=True)
+class Task:
+    """Responses to one prompt, each with a stored place that never changes."""
+
+    id: str
+    prompt_id: str
+    """What the intervals resample: all that was said about one prompt stays together."""
+    lengths: tuple[int, ...] = ()
+    """Of each response, in any unit (characters do); empty where unknown."""
+    gold: tuple[int, ...] | None = None
+    """The right ranks of a hidden test item; None for work."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One annotator's answer to one task.
+
+    ranks: by stored place, 1 is best, equal numbers are ties; None where they skipped it.
+    shown: shown place -> stored place; None where nobody knows (imported rankings).
+    """
+
+    task: Task
+    annotator: str
+    ranks: tuple[int, ...] | None
+    shown: tuple[int, ...] | None = None
+    active_seconds: float | None = None
+    repeat: bool = False
+    """The same person ranked this task before. It tells their consistency, and is no second voice."""
+
+    def __post_init__(self) -> None:
+        if self.ranks is not None:
+            for other in (self.task.lengths or None, self.task.gold, self.shown):
+                assert other is None or len(other) == len(self.ranks), self.task.id
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A share or a coefficient with its 95 % interval.
+
+    An interval from below about 20 prompts is too narrow; all alike, it has no width at all.
+    """
+
+    value: float
+    low: float
+    high: float
+    count: int
+    """What `value` is a mean of: pairs, or what the function says."""
+    prompts: int
+    """Independent units behind it."""
+
+
+class Block(NamedTuple):
+    """Judgements that rank the same number of responses."""
+
+    rows_N: Ints
+    """Where each stands in the list that was given."""
+    ranks_NK: NDArray[np.int16]
+
+
+def blocks(judgements: Sequence[Judgement]) -> Iterator[Block]:
+    """The judgements that have ranks, of one K after the other."""
+    by_size: dict[int, list[int]] = {}
+    for row, judgement in enumerate(judgements):
+        if judgement.ranks is not None and len(judgement.ranks) > 1:
+            by_size.setdefault(len(judgement.ranks), []).append(row)
+    for size in sorted(by_size):
+        rows = by_size[size]
+        ranks = np.array([judgements[row].ranks for row in rows], dtype=np.int16)
+        yield Block(np.array(rows), ranks)
+
+
+def pair_signs(ranks_NK: NDArray[Any]) -> NDArray[np.int8]:
+    """For each pair of places (i < j): 1 where i has the smaller number, -1 where j has, 0 for equal."""
+    first_Q, second_Q = np.triu_indices(ranks_NK.shape[1], 1)
+    signs_NQ = np.sign(ranks_NK[:, second_Q] - ranks_NK[:, first_Q])
+    return np.asarray(signs_NQ, dtype=np.int8)
+
+
+def codes(keys: Sequence[str]) -> tuple[Ints, int]:
+    """A number for each key, and how many different ones there are; by sorted key, so that what is
+    drawn from them does not depend on the order of the input."""
+    found, code_N = np.unique(np.array(keys, dtype=object), return_inverse=True)
+    return code_N.astype(np.int64), len(found)
+
+
+def sums_by(code_N: Ints, values_NC: NDArray[Any], size: int) -> Floats:
+    """The sum of the rows of each code, `[size, C]`."""
+    columns = [np.bincount(code_N, weights=column, minlength=size) for column in values_NC.T]
+    return np.stack(columns, axis=1)
+
+
+def bootstrap(
+    sums_PC: Floats, statistic: Callable[[Floats], Floats], count: float, seed: int
+) -> Estimate:
+    """`statistic` of the column sums, with its percentile interval over resampled prompts.
+
+    Pairs of one prompt are strongly correlated, so whole prompts are drawn with replacement (Efron
+    and Tibshirani 1993, An Introduction to the Bootstrap, chapters 8 and 13).
+
+    Args:
+        sums_PC: what each prompt adds to each column.
+        statistic: from sums `[D, C]` to values `[D]`; NaN where a draw says nothing.
+    """
+    prompts = len(sums_PC)
+    rng = np.random.default_rng(seed)
+    at_once = max(1, min(DRAWS, _PICKS_AT_ONCE // prompts))
+    drawn = []
+    for start in range(0, DRAWS, at_once):
+        picks = rng.integers(0, prompts, size=(min(at_once, DRAWS - start), prompts))
+        drawn.append(statistic(sums_PC[picks].sum(1)))
+    low, high = np.nanpercentile(np.concatenate(drawn), [2.5, 97.5])
+    value = float(statistic(sums_PC.sum(0, keepdims=True))[0])
+    return Estimate(value, float(low), float(high), round(count), prompts)
+
+
+def ratio(sums_PC: Floats, seed: int) -> Estimate | None:
+    """First column over second, with its interval; None where the second is 0 everywhere.
+
+    Prompts whose second column is 0 say nothing and are not drawn.
+    """
+    telling = sums_PC[sums_PC[:, 1] > 0]
+    if not len(telling):
+        return None
+    return bootstrap(telling, lambda sums: sums[:, 0] / sums[:, 1], telling[:, 1].sum(), seed)
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share of `n` independent trials (Wilson 1927); never without width."""
+    z2 = _Z95**2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z95 / (1 + z2 / n) * (share * (1 - share) / n + z2 / (4 * n * n)) ** 0.5
+    return max(0.0, middle - half), min(1.0, middle + half)
