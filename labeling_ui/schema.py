@@ -70,7 +70,10 @@ tasks = sa.Table(
     sa.Column("gold", sa.Text),  # ranks by place in `responses`, of a gold task
     sa.Column("for_user", sa.Integer),  # of a repeat
     sa.Column("repeat_of", sa.String),  # of a repeat: the task that was ranked before
-    sa.Column("warnings", sa.Text),  # what the import noticed, for the lead
+    # by place in `responses`, a list of the models that wrote it; never shown to annotators
+    sa.Column("models", sa.Text),
+    # what the import noticed, for the lead: a list of sentences
+    sa.Column("warnings", sa.Text),
     # which to label first, and how probable it was that this prompt was chosen at all
     sa.Column("priority", sa.Float, nullable=False, default=0.0, server_default="0"),
     sa.Column("selection_probability", sa.Float),

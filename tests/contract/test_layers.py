@@ -64,6 +64,12 @@ def test_the_humans_do_not_know_the_work(name):
     assert not tops(name) & {"stages", "torch", "transformers", "trl", "peft", "accelerate"}
 
 
+LABELS_DATA = {
+    *("candidates", "counting", "export_files", "forgetting", "oasst", "queueing", "reading"),
+    *("row_files", "screening"),
+}
+
+
 @pytest.mark.parametrize("name", of("labeling_ui"))
 def test_only_files_that_draw_import_gradio(name):
     deciding = {"rank", "store", "assignments", "quality", "importing", "exporting", "accounts"}
