@@ -154,6 +154,19 @@ _QUEUE_INDEX = sa.Index(
     *(tasks.c.filled.desc(), tasks.c.priority.desc(), tasks.c.lot),
 )
 _LEASE_INDEX = sa.Index("ix_assignments_lease", assignments.c.state, assignments.c.expires)
+# a person's own work, of which there may be very much: what they have begun, their last answers
+_OWN_INDEX = sa.Index(
+    "ix_assignments_own", assignments.c.user_id, assignments.c.state, assignments.c.leased
+)
+_REOPENED = assignments.c.reopened.is_not(None)
+_REOPENED_INDEX = sa.Index(
+    "ix_assignments_reopened",
+    assignments.c.user_id,
+    sqlite_where=_REOPENED,
+    postgresql_where=_REOPENED,
+)
+_RECENT_INDEX = sa.Index("ix_rankings_recent", rankings.c.user_id, rankings.c.created)
+_INDEXES = (_QUEUE_INDEX, _LEASE_INDEX, _OWN_INDEX, _REOPENED_INDEX, _RECENT_INDEX)
 
 _APPEND_ONLY = {
     "sqlite": (
@@ -189,7 +202,7 @@ def migrate(tx: Connection, version: int) -> None:
                 words = sa.schema.CreateColumn(column).compile(dialect=tx.dialect)
                 tx.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {words}")
     metadata.create_all(tx)
-    for index in (_QUEUE_INDEX, _LEASE_INDEX):
+    for index in _INDEXES:
         index.create(tx, checkfirst=True)
     if version < 2:
         _fill_version_2(tx)

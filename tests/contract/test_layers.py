@@ -73,7 +73,7 @@ LABELS_DATA = {
 @pytest.mark.parametrize("name", of("labeling_ui"))
 def test_only_files_that_draw_import_gradio(name):
     deciding = {"rank", "store", "assignments", "quality", "importing", "exporting", "accounts"}
-    deciding |= {"simulate", "progress", "layouts", "labels"}
+    deciding |= {"simulate", "progress", "layouts", "labels", *LABELS_DATA}
     if Path(name).stem in deciding | {"judgements", "agreement", "aggregate"}:
         assert "gradio" not in tops(name)
 
