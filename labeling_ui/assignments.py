@@ -130,12 +130,12 @@ def save_draft(
             .where(tasks.c.id == found.task_id)
         ).scalar_one_or_none()
         until = min(now + 60.0 * (minutes or 30), found.leased + _MAX_LEASE_SECONDS)
-        values = {"draft": canonical_json(draft.to_json()), "draft_revision": revision}
-        tx.execute(
-            sa.update(assignments)
-            .where(assignments.c.id == found.id)
-            .values(**values, expires=max(found.expires, until))
-        )
+        values: dict[str, Any] = {"draft": canonical_json(draft.to_json())}
+        values["draft_revision"] = revision
+        # an ended lease must not come back when another has its place
+        if found.expires > now or has_room(tx, found.task_id, now):
+            values["expires"] = max(found.expires, until)
+        tx.execute(sa.update(assignments).where(assignments.c.id == found.id).values(**values))
         return True
 
 
@@ -184,7 +184,10 @@ def submit_in(
     content = _content(said.stored(order), status)
     before = current(tx, found.id)
     if before is not None:
-        if _replayed(tx, found.id, submission) or _same(before, content):
+        if _replayed(tx, found.id, submission):
+            # nothing else: the answer may have been taken up again since
+            return Saved("already", "Already saved.")
+        if _same(before, content):
             drop_draft(tx, found)
             return Saved("already", "Already saved.")
         if not revise and found.reopened is None:
@@ -239,8 +242,9 @@ def _check_active(tx: Connection, user_id: int) -> None:
 
 def owned(tx: Connection, user_id: int, token: str) -> Row[Any]:
     _check_active(tx, user_id)
-    query = sa.select(assignments).where(assignments.c.token == str(token))
-    found = tx.execute(query).first()
+    # what no token holds is not asked for: PostgreSQL takes no NUL
+    asked = str(token) if _is_plain(str(token)) else ""
+    found = tx.execute(sa.select(assignments).where(assignments.c.token == asked)).first()
     if found is None or found.user_id != user_id:
         raise Refused("This prompt is not yours. Reload the page.")
     return found
@@ -302,7 +306,13 @@ def _replayed(tx: Connection, assignment: str, submission: str | None) -> bool:
 
 
 def _id(submission: object) -> str | None:
-    return submission[:64] if isinstance(submission, str) and submission else None
+    if not isinstance(submission, str) or not submission or not _is_plain(submission):
+        return None
+    return submission[:64]
+
+
+def _is_plain(text: str) -> bool:
+    return text.isascii() and text.isprintable()
 
 
 def _seconds(said: object, found: Row[Any], now: float) -> float | None:
@@ -319,8 +329,6 @@ def _state(
     state = "unrankable" if status == "all_bad" else "ranked"
     if before is not None:
         return ("late" if found.state == "late" else state), "Changed."
-    # two late submissions must not both find the last place free
-    tx.execute(sa.select(tasks.c.id).where(tasks.c.id == found.task_id).with_for_update())
     if is_frozen(tx, found.task_id):
         return "late", "Saved, but late: the lead has closed these prompts."
     if found.expires <= now and not has_room(tx, found.task_id, now):

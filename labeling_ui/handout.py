@@ -120,17 +120,7 @@ def _begun(tx: Connection, user_id: int, now: float) -> Work | None:
 
 
 def _from_queue(tx: Connection, user_id: int, now: float) -> Work | None:
-    """A prompt with overlap 2 is finished before the next one is begun."""
-    while (work := _first(tx, user_id, now)) is not None:
-        # two servers on one Postgres may have found the same one; SQLite has the write lock
-        tx.execute(sa.select(tasks.c.id).where(tasks.c.id == work.task).with_for_update())
-        if has_room(tx, work.task, now):
-            return work
-    return None
-
-
-def _first(tx: Connection, user_id: int, now: float) -> Work | None:
-    """The first task that has room and is new to this person.
+    """The first task that has room and is new to this person: begun ones before the others.
 
     Queue by queue, so that the index gives the order and the search ends at the first one that
     fits. A person who has done most of what was begun would have to pass all of that each time:
@@ -213,6 +203,6 @@ def _repeat(tx: Connection, user_id: int) -> str | None:
 
 
 def active_user(tx: Connection, user_id: int) -> Row[Any] | None:
-    """The account, locked: two tabs of one person are served one after the other."""
-    row = tx.execute(sa.select(users).where(users.c.id == user_id).with_for_update()).first()
+    """The account, unless it is closed."""
+    row = tx.execute(sa.select(users).where(users.c.id == user_id)).first()
     return row if row is not None and row.active else None

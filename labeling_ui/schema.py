@@ -176,16 +176,23 @@ _APPEND_ONLY = {
         " BEGIN SELECT RAISE(ABORT, 'events are append-only'); END",
     ),
     "postgresql": (
-        "CREATE OR REPLACE RULE events_no_update AS ON UPDATE TO events DO INSTEAD NOTHING",
-        "CREATE OR REPLACE RULE events_no_delete AS ON DELETE TO events DO INSTEAD NOTHING",
+        # version 1 had rules, which drop a change without a word
+        "DROP RULE IF EXISTS events_no_update ON events",
+        "DROP RULE IF EXISTS events_no_delete ON events",
+        "CREATE OR REPLACE FUNCTION events_append_only() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN RAISE integrity_constraint_violation USING MESSAGE ="
+        " 'events are append-only'; END $$",
+        "DROP TRIGGER IF EXISTS events_append_only ON events",
+        "CREATE TRIGGER events_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON events"
+        " FOR EACH STATEMENT EXECUTE FUNCTION events_append_only()",
     ),
 }
 
 
 def create(tx: Connection) -> None:
-    """All tables of the current version, in an empty database."""
+    """All tables of the current version, where they are not there yet."""
     metadata.create_all(tx)
-    for statement in _APPEND_ONLY.get(tx.dialect.name, ()):
+    for statement in _APPEND_ONLY[tx.dialect.name]:
         tx.exec_driver_sql(statement)
 
 
@@ -201,7 +208,7 @@ def migrate(tx: Connection, version: int) -> None:
             if table.name in old and column.name not in old[table.name]:
                 words = sa.schema.CreateColumn(column).compile(dialect=tx.dialect)
                 tx.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {words}")
-    metadata.create_all(tx)
+    create(tx)
     for index in _INDEXES:
         index.create(tx, checkfirst=True)
     if version < 2:

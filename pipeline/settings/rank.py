@@ -32,4 +32,4 @@ class RankSettings(Strict):
     lease_minutes: int = unhashed(30, ge=1)
     """A prompt handed to a person returns to the queue after this time without a change."""
     store: str | None = unhashed(None)
-    """Label store as an SQLAlchemy URL; null is labels.db in the run directory."""
+    """Label store: sqlite:///PATH or postgresql+psycopg://...; null is labels.db in the run directory."""

@@ -2,7 +2,6 @@
 
 import sqlite3
 import threading
-from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -57,8 +56,8 @@ def test_a_file_that_is_no_database_is_refused(tmp_path):
     assert path.read_text().startswith("not a database")
 
 
-def test_a_failed_transaction_leaves_nothing_behind(tmp_path):
-    store = Store(tmp_path / "labels.db")
+def test_a_failed_transaction_leaves_nothing_behind(new_store):
+    store = new_store()
 
     def fail_half_way():
         with store.write() as tx:
@@ -71,8 +70,8 @@ def test_a_failed_transaction_leaves_nothing_behind(tmp_path):
         assert tx.execute(sa.select(tasks)).all() == []
 
 
-def test_events_can_only_be_appended(tmp_path):
-    store = Store(tmp_path / "labels.db")
+def test_events_can_only_be_appended(new_store):
+    store = new_store()
     with store.write() as tx:
         log_event(tx, "test")
     for change in (sa.update(events).values(kind="other"), sa.delete(events)):
@@ -90,8 +89,8 @@ def test_the_identity_of_a_task_does_not_depend_on_the_order_of_its_responses():
     assert first["id"] != task_id(first["prompt_id"], ["a", "b", "c"], 2)
 
 
-def test_queueing_the_same_twice_changes_nothing(tmp_path):
-    store = Store(tmp_path / "labels.db")
+def test_queueing_the_same_twice_changes_nothing(new_store):
+    store = new_store()
     row = task_row(ASK, ["a", "b"], round=1, origin="x")
     for _ in range(2):
         with store.write() as tx:
@@ -100,23 +99,23 @@ def test_queueing_the_same_twice_changes_nothing(tmp_path):
         assert tx.execute(sa.select(tasks.c.origin)).scalars().all() == ["x"]
 
 
-def test_two_kinds_of_annotators_may_have_the_same_name(tmp_path):
-    store = Store(tmp_path / "labels.db")
+def test_two_kinds_of_annotators_may_have_the_same_name(new_store):
+    store = new_store()
     with store.write() as tx:
         ids = [ensure_user(tx, kind, "sim-1") for kind in ("simulated", "imported", "simulated")]
     assert ids[0] == ids[2] != ids[1]
 
 
-def test_a_secret_survives_a_restart_and_differs_between_stores(tmp_path):
-    first, other = Store(tmp_path / "a.db"), Store(tmp_path / "b.db")
+def test_a_secret_survives_a_restart_and_differs_between_stores(new_store):
+    first, other = new_store("a"), new_store("b")
     secret = first.secret("pseudonyms")
     first.close()
-    assert Store(tmp_path / "a.db").secret("pseudonyms") == secret
+    assert new_store("a").secret("pseudonyms") == secret
     assert other.secret("pseudonyms") != secret != first.secret("sessions")
 
 
-def test_threads_that_write_at_once_all_succeed(tmp_path):
-    store = Store(tmp_path / "labels.db")
+def test_threads_that_write_at_once_all_succeed(new_store):
+    store = new_store()
 
     def write() -> None:
         for _ in range(20):
@@ -141,18 +140,9 @@ def test_a_folder_that_is_no_run_is_refused_without_making_a_store(tmp_path):
 # ---- stores of older versions --------------------------------------------------------------
 
 
-@pytest.fixture
-def old_store(tmp_path):
-    """A store of schema 1 with a ranking, a lease with a draft and a simulated ranking."""
-    path = tmp_path / "labels.db"
-    with sqlite3.connect(path) as raw:
-        raw.executescript((Path(__file__).parent / "label_store_1.sql").read_text())
-    return path
-
-
-def test_an_older_store_is_copied_brought_up_to_date_and_loses_nothing(old_store):
-    store = Store(old_store)
-    fresh = Store(old_store.with_name("fresh.db"))
+def test_an_older_store_is_copied_brought_up_to_date_and_loses_nothing(new_store, old_store):
+    old_store(new_store)
+    store, fresh = new_store(), new_store("fresh")
     for made in (store, fresh):
         with made.read() as tx:
             there = sa.inspect(tx)
@@ -173,22 +163,28 @@ def test_an_older_store_is_copied_brought_up_to_date_and_loses_nothing(old_store
     work = claim(store, 1)
     assert (work.token, work.form.ranks) == ("t2", (None, 1, 2))
     assert len(snapshot(store, 0.0)) == 2
-    backup = old_store.with_name("labels.db.schema-1.backup")
+    with pytest.raises(sa.exc.IntegrityError, match="append-only"), store.write() as tx:
+        tx.execute(sa.delete(events))
+    if store.file is None:
+        return
+    backup = store.file.with_name("labels.db.schema-1.backup")
     with sqlite3.connect(backup) as raw:
         assert raw.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone() == ("1",)
         assert raw.execute("SELECT count(*) FROM rankings").fetchone() == (2,)
 
 
-def test_a_migration_that_fails_leaves_the_old_store(old_store, monkeypatch):
+def test_a_migration_that_fails_leaves_the_old_store(new_store, old_store, monkeypatch):
     def fails(*_):
         raise RuntimeError("half way")
 
+    url = old_store(new_store)
     monkeypatch.setattr(schema, "count_filled", fails)
     with pytest.raises(RuntimeError, match="half way"):
-        Store(old_store)
-    with sqlite3.connect(old_store) as raw:
-        assert raw.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone() == ("1",)
-        columns = {row[1] for row in raw.execute("PRAGMA table_info(tasks)")}
+        new_store()
+    with sa.create_engine(url if "://" in url else f"sqlite:///{url}").connect() as raw:
+        version = raw.exec_driver_sql("SELECT value FROM meta WHERE key = 'schema'").scalar()
+        columns = {column["name"] for column in sa.inspect(raw).get_columns("tasks")}
+    assert version == "1"
     assert "filled" not in columns
     monkeypatch.undo()
-    assert claim(Store(old_store), 1).token == "t2"
+    assert claim(new_store(), 1).token == "t2"

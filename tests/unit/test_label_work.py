@@ -12,13 +12,13 @@ from labeling_ui.exporting import snapshot
 from labeling_ui.forms import Refused
 from labeling_ui.progress import my_progress, progress
 from labeling_ui.schema import assignments, guidelines, queues, rankings, tasks, users
-from labeling_ui.store import Store, insert_new, task_row
+from labeling_ui.store import insert_new, task_row
 
 NOW = 1_000_000.0
 
 
-def make(tmp_path, prompts=3, people=2, kind="rank", responses=3, **queue):
-    store = Store(tmp_path / "labels.db")
+def make(new_store, prompts=3, people=2, kind="rank", responses=3, name="labels", **queue):
+    store = new_store(name)
     texts = [f"answer {j}" for j in range(responses)]
     rows = [
         task_row([{"role": "user", "content": f"prompt {i}"}], texts, round=1, origin="t",
@@ -52,8 +52,8 @@ def rank_next(store, person, now, ranks=(1, 2, 3), **more):
     return work
 
 
-def test_everything_that_was_said_is_kept_by_stored_place(tmp_path):
-    store, (ann, _) = make(tmp_path)
+def test_everything_that_was_said_is_kept_by_stored_place(new_store):
+    store, (ann, _) = make(new_store)
     change_guidelines(store)
     work = claim(store, ann, NOW)
     marks = [{"score": i + 1, "flags": ["truncated"] if i == 2 else []} for i in range(3)]
@@ -78,15 +78,15 @@ def change_guidelines(store):
             tx.execute(sa.insert(guidelines).values(version=version, text="x", created=NOW))
 
 
-def test_nobody_can_have_worked_longer_than_the_prompt_was_theirs(tmp_path):
-    store, (ann, _) = make(tmp_path)
+def test_nobody_can_have_worked_longer_than_the_prompt_was_theirs(new_store):
+    store, (ann, _) = make(new_store)
     work = claim(store, ann, NOW)
     submit(store, ann, work.token, [1, 2, 3], NOW + 60, active_seconds=3600.0)
     assert stored(store)[0].active_seconds == 60.0
 
 
-def test_all_bad_needs_no_order_fills_the_place_and_teaches_nothing(tmp_path):
-    store, (ann, _) = make(tmp_path, prompts=1)
+def test_all_bad_needs_no_order_fills_the_place_and_teaches_nothing(new_store):
+    store, (ann, _) = make(new_store, prompts=1)
     work = claim(store, ann, NOW)
     with pytest.raises(Refused, match="Place every response"):
         submit(store, ann, work.token, {"ranks": [1, None, None]}, NOW)
@@ -95,14 +95,14 @@ def test_all_bad_needs_no_order_fills_the_place_and_teaches_nothing(tmp_path):
     assert progress(store, "rank") == (0, 0)
     assert snapshot(store, 0.0) == []
     # bad, and still an order
-    other = make(tmp_path / "b", prompts=1) if (tmp_path / "b").mkdir() is None else None
+    other = make(new_store, prompts=1, name="b")
     store, (ann, _) = other
     rank_next(store, ann, NOW, all_bad=True)
     assert (stored(store)[0].all_bad, len(snapshot(store, 0.0))) == (True, 1)
 
 
-def test_an_answer_can_be_changed_until_the_round_is_closed(tmp_path):
-    store, (ann, bob) = make(tmp_path)
+def test_an_answer_can_be_changed_until_the_round_is_closed(new_store):
+    store, (ann, bob) = make(new_store)
     first = rank_next(store, ann, NOW, comment="first")
     second = claim(store, ann, NOW + 1)
     assert [item.token for item in recent(store, ann)] == [first.token]
@@ -128,8 +128,8 @@ def test_an_answer_can_be_changed_until_the_round_is_closed(tmp_path):
         reopen(store, ann, first.token)
 
 
-def test_a_change_that_is_left_changes_nothing(tmp_path):
-    store, (ann, _) = make(tmp_path)
+def test_a_change_that_is_left_changes_nothing(new_store):
+    store, (ann, _) = make(new_store)
     first = rank_next(store, ann, NOW)
     reopen(store, ann, first.token, NOW)
     save_draft(store, ann, first.token, [3, 3, 3], 99, NOW)
@@ -146,8 +146,8 @@ def sorted_ranks(store, work):
     return [order.index(place) + 1 for place in range(len(order))]
 
 
-def test_a_replayed_submission_is_harmless_whatever_it_holds(tmp_path):
-    store, (ann, _) = make(tmp_path)
+def test_a_replayed_submission_is_harmless_whatever_it_holds(new_store):
+    store, (ann, _) = make(new_store)
     work = claim(store, ann, NOW)
     submit(store, ann, work.token, [1, 2, 3], NOW, submission="one")
     reopen(store, ann, work.token, NOW)
@@ -157,16 +157,35 @@ def test_a_replayed_submission_is_harmless_whatever_it_holds(tmp_path):
     assert len(stored(store)) == 2
 
 
-def test_only_the_last_ten_can_be_changed(tmp_path):
-    store, (ann, _) = make(tmp_path, prompts=RECENT + 2)
+def test_a_replay_that_comes_while_the_answer_is_changed_leaves_the_change_alone(new_store):
+    store, (ann, _) = make(new_store)
+    work = claim(store, ann, NOW)
+    submit(store, ann, work.token, [1, 2, 3], NOW, submission="one")
+    reopen(store, ann, work.token, NOW + 1)
+    save_draft(store, ann, work.token, [3, None, 1], 9, NOW + 2)
+    assert submit(store, ann, work.token, [1, 2, 3], NOW + 3, submission="one").state == "already"
+    assert claim(store, ann, NOW + 4).form.ranks == (3, None, 1)
+    assert submit(store, ann, work.token, [3, 2, 1], NOW + 5).message == "Changed."
+
+
+@pytest.mark.parametrize("odd", ["", "a\0b", "\ud800", 5, None, ["x"], "x" * 500])
+def test_an_odd_submission_id_does_no_harm(new_store, odd):
+    store, (ann, _) = make(new_store)
+    work = claim(store, ann, NOW)
+    assert submit(store, ann, work.token, [1, 2, 3], NOW, submission=odd).state == "ranked"
+    assert submit(store, ann, work.token, [1, 2, 3], NOW, submission=odd).state == "already"
+
+
+def test_only_the_last_ten_can_be_changed(new_store):
+    store, (ann, _) = make(new_store, prompts=RECENT + 2)
     done = [rank_next(store, ann, NOW + i) for i in range(RECENT + 2)]
     assert [item.token for item in recent(store, ann)] == [w.token for w in reversed(done[2:])]
     with pytest.raises(Refused, match="last 10"):
         reopen(store, ann, done[0].token)
 
 
-def test_a_change_fills_no_second_place(tmp_path):
-    store, (ann, bob) = make(tmp_path, prompts=1, overlap=2)
+def test_a_change_fills_no_second_place(new_store):
+    store, (ann, bob) = make(new_store, prompts=1, overlap=2)
     work = rank_next(store, ann, NOW)
     reopen(store, ann, work.token, NOW)
     submit(store, ann, work.token, [2, 1, 3], NOW)
@@ -174,8 +193,8 @@ def test_a_change_fills_no_second_place(tmp_path):
     assert claim(store, bob, NOW) is not None
 
 
-def test_frozen_prompts_are_not_handed_out_and_what_still_comes_is_kept_as_late(tmp_path):
-    store, (ann, bob) = make(tmp_path)
+def test_frozen_prompts_are_not_handed_out_and_what_still_comes_is_kept_as_late(new_store):
+    store, (ann, bob) = make(new_store)
     done = rank_next(store, ann, NOW)
     begun = claim(store, ann, NOW)
     reopen(store, ann, done.token, NOW)
@@ -198,8 +217,8 @@ def gold(store, count=2):
     return {row["id"] for row in rows}
 
 
-def test_known_answers_come_between_once_each_and_never_reach_an_export(tmp_path):
-    store, (ann, bob) = make(tmp_path, prompts=4, gold_rate=1.0)
+def test_known_answers_come_between_once_each_and_never_reach_an_export(new_store):
+    store, (ann, bob) = make(new_store, prompts=4, gold_rate=1.0)
     known = gold(store)
     seen = [rank_next(store, ann, NOW + i).task_id for i in range(6)]
     assert set(seen[:2]) == known
@@ -212,15 +231,15 @@ def test_known_answers_come_between_once_each_and_never_reach_an_export(tmp_path
     assert my_progress(store, ann, NOW) == (6, 0, False)
 
 
-def test_without_a_rate_no_known_answer_is_handed_out(tmp_path):
-    store, (ann, _) = make(tmp_path, prompts=3)
+def test_without_a_rate_no_known_answer_is_handed_out(new_store):
+    store, (ann, _) = make(new_store, prompts=3)
     known = gold(store)
     assert not known & {rank_next(store, ann, NOW).task_id for _ in range(3)}
 
 
-def test_an_own_answer_comes_again_once_in_a_new_order_and_counts_nothing(tmp_path, monkeypatch):
+def test_an_own_answer_comes_again_once_in_a_new_order_and_counts_nothing(new_store, monkeypatch):
     monkeypatch.setattr(handout, "REPEAT_AFTER", 2)
-    store, (ann, bob) = make(tmp_path, prompts=5, repeat_rate=1.0)
+    store, (ann, bob) = make(new_store, prompts=5, repeat_rate=1.0)
     seen = [rank_next(store, ann, NOW + i).task_id for i in range(7)]
     assert claim(store, ann, NOW) is None
     with store.read() as tx:
@@ -236,8 +255,8 @@ def test_an_own_answer_comes_again_once_in_a_new_order_and_counts_nothing(tmp_pa
     assert claim(store, bob, NOW) is None
 
 
-def test_a_prompt_to_answer_wants_a_text_and_no_order(tmp_path):
-    store, (ann, _) = make(tmp_path, kind="write", responses=0, prompts=1)
+def test_a_prompt_to_answer_wants_a_text_and_no_order(new_store):
+    store, (ann, _) = make(new_store, kind="write", responses=0, prompts=1)
     work = claim(store, ann, NOW)
     assert work.responses == ()
     with pytest.raises(Refused, match="Write an answer"):
@@ -250,8 +269,8 @@ def test_a_prompt_to_answer_wants_a_text_and_no_order(tmp_path):
     assert snapshot(store, 0.0) == []
 
 
-def test_important_prompts_come_first(tmp_path):
-    store, (ann, _) = make(tmp_path, prompts=6)
+def test_important_prompts_come_first(new_store):
+    store, (ann, _) = make(new_store, prompts=6)
     with store.write() as tx:
         tx.execute(
             sa.update(tasks).where(tasks.c.messages.contains("prompt 4")).values(priority=2.0)
@@ -263,8 +282,8 @@ def test_important_prompts_come_first(tmp_path):
     assert first == ["prompt 4", "prompt 1"]
 
 
-def test_progress_counts_what_is_left_for_each(tmp_path):
-    store, (ann, bob) = make(tmp_path, prompts=3)
+def test_progress_counts_what_is_left_for_each(new_store):
+    store, (ann, bob) = make(new_store, prompts=3)
     assert my_progress(store, ann, NOW) == (0, 3, True)
     work = claim(store, ann, NOW)
     assert my_progress(store, ann, NOW) == (0, 3, True)
