@@ -52,8 +52,8 @@ def reopen(store: Store, user_id: int, token: str, now: float | None = None) -> 
         found = owned(tx, user_id, token)
         if token not in {row.token for row in tx.execute(_changeable(user_id)).all()}:
             raise Refused(f"Only your last {RECENT} answers can be changed, while they are open.")
-        own = assignments.c.user_id == user_id
-        tx.execute(sa.update(assignments).where(own).values(reopened=None))
+        own = assignments.c.user_id == user_id, assignments.c.reopened.is_not(None)
+        tx.execute(sa.update(assignments).where(*own).values(reopened=None))
         again = sa.update(assignments).where(assignments.c.id == found.id)
         if found.draft is None:
             order = json.loads(found.display_order)

@@ -9,6 +9,7 @@ noticed here, when somebody asks for work: there is no clock that has to run.
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
@@ -20,27 +21,40 @@ from pipeline.records import content_id
 
 REPEAT_AFTER = 20
 """A task comes again when its person has finished so many others since."""
+_PASSED = 200
+"""So many begun tasks are looked at for one that is new to a person."""
 _RANDOM = random.SystemRandom()
+
+
+@dataclass(frozen=True)
+class Work:
+    """A task for a person, and the rates of its queue."""
+
+    task: str
+    lease_minutes: int
+    gold_rate: float = 0.0
+    repeat_rate: float = 0.0
+    is_new: bool = False
 
 
 def next_task(tx: Connection, user_id: int, now: float) -> tuple[str, int] | None:
     """(task id, lease minutes) of what this person works on, or None."""
-    row = _begun(tx, user_id, now) or _from_queue(tx, user_id, now)
-    if row is None:
+    work = _begun(tx, user_id, now) or _from_queue(tx, user_id, now)
+    if work is None:
         return None
     other = None
-    if row.is_new:
-        if _RANDOM.random() < row.gold_rate:
+    if work.is_new:
+        if _RANDOM.random() < work.gold_rate:
             other = _gold(tx, user_id)
-        if other is None and _RANDOM.random() < row.repeat_rate:
+        if other is None and _RANDOM.random() < work.repeat_rate:
             other = _repeat(tx, user_id)
-    return other or row.id, row.lease_minutes
+    return other or work.task, work.lease_minutes
 
 
 def open_tasks() -> sa.Select[Any]:
     """Tasks of the queues that hand out work now."""
     return (
-        sa.select(tasks.c.id, queues.c.lease_minutes, queues.c.gold_rate, queues.c.repeat_rate)
+        sa.select(tasks.c.id)
         .join(queues, queues.c.step == tasks.c.step)
         .where(queues.c.open, ~queues.c.frozen, queues.c.by == "people", tasks.c.active)
         .where(tasks.c.kind.in_(("rank", "write")))
@@ -58,10 +72,11 @@ def live_leases(now: float) -> Any:
     )
 
 
-def mine(user_id: int) -> sa.Select[Any]:
-    """This person's assignment of a task, whatever its state."""
+def mine(user_id: int, *states: str) -> sa.Select[Any]:
+    """This person's assignment of a task, in one of `states` or whatever its state."""
     own = assignments.alias()
-    return sa.select(own.c.id).where(own.c.task_id == tasks.c.id, own.c.user_id == user_id)
+    query = sa.select(own.c.id).where(own.c.task_id == tasks.c.id, own.c.user_id == user_id)
+    return query.where(own.c.state.in_(states)) if states else query
 
 
 def has_room(tx: Connection, task: str, now: float) -> bool:
@@ -84,44 +99,76 @@ def is_frozen(tx: Connection, task: str) -> bool:
     return bool(tx.execute(query).scalar_one_or_none())
 
 
-def _begun(tx: Connection, user_id: int, now: float) -> Row[Any] | None:
+def _begun(tx: Connection, user_id: int, now: float) -> Work | None:
     """What was reopened, a live lease, or an ended one whose place is still free."""
-    queue = sa.func.coalesce(queues.c.lease_minutes, 30).label("lease_minutes")
+    own = assignments.c.user_id == user_id
     query = (
-        sa.select(
-            tasks.c.id, queue, sa.false().label("is_new"),
-            assignments.c.expires, assignments.c.reopened,
-        )
+        sa.select(tasks.c.id, queues.c.lease_minutes, assignments.c.expires, assignments.c.reopened)
         .select_from(assignments.join(tasks).outerjoin(queues, queues.c.step == tasks.c.step))
-        .where(assignments.c.user_id == user_id, tasks.c.active)
-        .where((assignments.c.state == "leased") | assignments.c.reopened.is_not(None))
+        # each side has an index: a person may have done very much
+        .where(
+            (own & (assignments.c.state == "leased")) | (own & assignments.c.reopened.is_not(None))
+        )
+        .where(tasks.c.active)
         .where(queues.c.step.is_(None) | (queues.c.open & ~queues.c.frozen))
         .order_by(sa.func.coalesce(assignments.c.reopened, 0).desc(), assignments.c.expires.desc())
-    )  # fmt: skip
+    )
     for row in tx.execute(query).all():
         if row.reopened is not None or row.expires > now or has_room(tx, row.id, now):
-            return row
+            return Work(row.id, row.lease_minutes or 30)
     return None
 
 
-def _from_queue(tx: Connection, user_id: int, now: float) -> Row[Any] | None:
-    """A prompt with overlap 2 is finished before the next one is begun."""
+def _from_queue(tx: Connection, user_id: int, now: float) -> Work | None:
+    """The first task that has room and is new to this person: begun ones before the others.
+
+    Queue by queue, so that the index gives the order and the search ends at the first one that
+    fits. A person who has done most of what was begun would have to pass all of that each time:
+    they look at _PASSED of them, and take one that nobody has begun instead. Only where there is
+    none are all looked at.
+    """
+    query = sa.select(queues).where(queues.c.open, ~queues.c.frozen, queues.c.by == "people")
+    waiting = tx.execute(query.order_by(queues.c.step)).all()
+    begun, empty = tasks.c.filled > 0, tasks.c.filled == 0
+    for stage, limit in ((begun, _PASSED), (empty, None), (begun, None)):
+        found = [
+            (-row.filled, -row.priority, row.lot, row.id, queue)
+            for queue in waiting
+            for kind in ("rank", "write")
+            if (row := _first_of(tx, queue, kind, user_id, now, stage, limit)) is not None
+        ]
+        if found:
+            *_, task, queue = min(found, key=lambda row: row[:4])
+            return Work(task, queue.lease_minutes, queue.gold_rate, queue.repeat_rate, is_new=True)
+    return None
+
+
+def _first_of(
+    tx: Connection, queue: Row[Any], kind: str, user_id: int, now: float,
+    stage: sa.ColumnElement[bool], limit: int | None,
+) -> Any:  # fmt: skip
+    columns = (tasks.c.id, tasks.c.filled, tasks.c.priority, tasks.c.lot)
+    room = queue.overlap - tasks.c.filled > live_leases(now)
     query = (
-        open_tasks()
-        .add_columns(sa.true().label("is_new"))
-        .where(tasks.c.filled < queues.c.overlap)
-        .where(queues.c.overlap - tasks.c.filled > live_leases(now))
-        .where(~mine(user_id).exists())
+        sa.select(*columns)
+        .where(tasks.c.step == queue.step, tasks.c.kind == kind, tasks.c.active)
+        .where(stage, tasks.c.filled < queue.overlap)
         .order_by(tasks.c.filled.desc(), tasks.c.priority.desc(), tasks.c.lot)
-        .limit(1)
     )
-    return tx.execute(query).first()
+    if limit is None:
+        return tx.execute(query.where(room, ~mine(user_id).exists()).limit(1)).first()
+    fits = (room & ~mine(user_id).exists()).label("fits")
+    passed = query.add_columns(fits).limit(limit).subquery()
+    found = sa.select(passed).where(passed.c.fits)
+    order = (passed.c.filled.desc(), passed.c.priority.desc(), passed.c.lot)
+    return tx.execute(found.order_by(*order).limit(1)).first()
 
 
 def _gold(tx: Connection, user_id: int) -> str | None:
     query = (
         sa.select(tasks.c.id)
-        .where(tasks.c.kind == "gold", tasks.c.active, ~mine(user_id).exists())
+        .where(tasks.c.step.is_(None), tasks.c.kind == "gold", tasks.c.active)
+        .where(~mine(user_id).exists())
         .order_by(sa.func.random())
         .limit(1)
     )

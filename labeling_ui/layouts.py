@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.formats import Unusable, clean_text, conversation, hh_turns
 from pipeline.records import Message, content_id
 
 _MAX_RESPONSES = 64
+_SAID = ("all_bad", "comment", "confidence", "ideal")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Found:
     annotator: str | None = None
     round: int = 1
     notes: tuple[str, ...] = ()
+    said: Mapping[str, Any] = field(default_factory=dict)
+    """What else our own export holds of it: marks by place in `responses`, comment, ..."""
 
     def response_id(self, i: int) -> str:
         return content_id("response", content_id("prompt", list(self.messages)), self.responses[i])
@@ -53,9 +56,13 @@ def parse(row: Any) -> Found:
 
 
 def _group(row: dict[str, Any]) -> Found:
+    # our own export, made with --all, has answers that do not count
+    if isinstance(row.get("left_out"), str):
+        raise Unusable(f"an answer that does not count ({row['left_out'][:30]})")
     prompt = row.get("messages", row.get("prompt"))
     messages = _prompt(prompt)
     texts, ranks, notes = [], [], []
+    marks: dict[str, dict[str, Any]] = {}
     for i, item in enumerate(row["responses"]):
         is_object = isinstance(item, dict)
         rank = item.get("rank") if is_object else _listed(row.get("ranks"), i)
@@ -70,9 +77,12 @@ def _group(row: dict[str, Any]) -> Found:
             continue
         texts.append(text)
         ranks.append(rank)
+        if is_object and (item.get("score") is not None or item.get("flags")):
+            marks[text] = {"score": item.get("score"), "flags": item.get("flags") or []}
     annotator = row.get("annotator")
     round = row.get("round", 1)
-    return _ranked(
+    said = {key: row[key] for key in _SAID if row.get(key)}
+    found = _ranked(
         messages,
         texts,
         ranks,
@@ -81,6 +91,9 @@ def _group(row: dict[str, Any]) -> Found:
         round=round if type(round) is int and round >= 1 else 1,
         notes=notes,
     )
+    if marks:
+        said["marks"] = [marks.get(text, {}) for text in found.responses]
+    return replace(found, said=said)
 
 
 def _listed(ranks: Any, i: int) -> Any:

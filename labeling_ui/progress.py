@@ -132,7 +132,6 @@ def my_progress(store: Store, user_id: int, now: float | None = None) -> tuple[i
     """
     now = time.time() if now is None else now
     unfinished = open_tasks().where(tasks.c.filled < queues.c.overlap)
-    finished_by_me = assignments.c.user_id == user_id, assignments.c.state != "leased"
     # the queue may be long and the leases are few: counted from the leases
     taken = (
         unfinished.join(assignments, assignments.c.task_id == tasks.c.id)
@@ -142,7 +141,13 @@ def my_progress(store: Store, user_id: int, now: float | None = None) -> tuple[i
         .having(sa.func.count() >= queues.c.overlap - tasks.c.filled)
         .with_only_columns(tasks.c.id)
     )
-    by_me = unfinished.join(assignments, assignments.c.task_id == tasks.c.id).where(*finished_by_me)
+    # a person may have done very much: what they have filled is looked for among the begun tasks,
+    # what they have passed by among their own few
+    filled_by_me = mine(user_id, "ranked", "unrankable").exists()
+    by_me = unfinished.where(tasks.c.filled > 0, filled_by_me)
+    passed_by_me = unfinished.join(assignments, assignments.c.task_id == tasks.c.id).where(
+        assignments.c.user_id == user_id, assignments.c.state.in_(("skipped", "late"))
+    )
 
     def count(query: sa.Select[Any]) -> int:
         rows = query.with_only_columns(tasks.c.id).subquery()
@@ -154,6 +159,6 @@ def my_progress(store: Store, user_id: int, now: float | None = None) -> tuple[i
             .select_from(assignments)
             .where(assignments.c.user_id == user_id, assignments.c.state.in_(("ranked", "late")))
         ).scalar_one()
-        open_to_me = count(unfinished) - count(by_me)
+        open_to_me = count(unfinished) - count(by_me) - count(passed_by_me)
         left = open_to_me - count(taken)
     return int(done), left, open_to_me > 0

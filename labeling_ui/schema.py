@@ -70,7 +70,10 @@ tasks = sa.Table(
     sa.Column("gold", sa.Text),  # ranks by place in `responses`, of a gold task
     sa.Column("for_user", sa.Integer),  # of a repeat
     sa.Column("repeat_of", sa.String),  # of a repeat: the task that was ranked before
-    sa.Column("warnings", sa.Text),  # what the import noticed, for the lead
+    # by place in `responses`, a list of the models that wrote it; never shown to annotators
+    sa.Column("models", sa.Text),
+    # what the import noticed, for the lead: a list of sentences
+    sa.Column("warnings", sa.Text),
     # which to label first, and how probable it was that this prompt was chosen at all
     sa.Column("priority", sa.Float, nullable=False, default=0.0, server_default="0"),
     sa.Column("selection_probability", sa.Float),
@@ -151,6 +154,19 @@ _QUEUE_INDEX = sa.Index(
     *(tasks.c.filled.desc(), tasks.c.priority.desc(), tasks.c.lot),
 )
 _LEASE_INDEX = sa.Index("ix_assignments_lease", assignments.c.state, assignments.c.expires)
+# a person's own work, of which there may be very much: what they have begun, their last answers
+_OWN_INDEX = sa.Index(
+    "ix_assignments_own", assignments.c.user_id, assignments.c.state, assignments.c.leased
+)
+_REOPENED = assignments.c.reopened.is_not(None)
+_REOPENED_INDEX = sa.Index(
+    "ix_assignments_reopened",
+    assignments.c.user_id,
+    sqlite_where=_REOPENED,
+    postgresql_where=_REOPENED,
+)
+_RECENT_INDEX = sa.Index("ix_rankings_recent", rankings.c.user_id, rankings.c.created)
+_INDEXES = (_QUEUE_INDEX, _LEASE_INDEX, _OWN_INDEX, _REOPENED_INDEX, _RECENT_INDEX)
 
 _APPEND_ONLY = {
     "sqlite": (
@@ -193,7 +209,7 @@ def migrate(tx: Connection, version: int) -> None:
                 words = sa.schema.CreateColumn(column).compile(dialect=tx.dialect)
                 tx.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {words}")
     create(tx)
-    for index in (_QUEUE_INDEX, _LEASE_INDEX):
+    for index in _INDEXES:
         index.create(tx, checkfirst=True)
     if version < 2:
         _fill_version_2(tx)

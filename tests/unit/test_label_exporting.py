@@ -8,7 +8,8 @@ import sqlalchemy as sa
 
 from labeling_ui import labels
 from labeling_ui.assignments import claim, skip, submit
-from labeling_ui.exporting import pair_rows, snapshot, write_export
+from labeling_ui.export_files import FILES, Options, export_file, export_folder
+from labeling_ui.exporting import snapshot
 from labeling_ui.schema import queues, rankings, tasks, users
 from labeling_ui.store import Store, insert_new, log_event, task_row
 from pipeline.errors import DataError
@@ -92,25 +93,26 @@ def test_a_prompt_is_held_out_by_its_content_alone(run):
     assert 60 < len(small) < 140
 
 
-def test_pairs_are_every_strict_pair_and_no_tie():
-    ranking = Ranking(({"role": "user", "content": "q"},), ("a", "b", "c"), (1, 2, 1), "sim-1")
-    pairs = [(p["chosen"][0]["content"], p["rejected"][0]["content"]) for p in pair_rows([ranking])]
-    assert sorted(pairs) == [("a", "b"), ("c", "b")]
-    assert {p["ranking_id"] for p in pair_rows([ranking])} == {ranking.id}
-
-
 def test_each_format_holds_the_same_preferences(run):
-    found = snapshot(Store(run / "labels.db"), 0.15)
-    assert write_export(found, run / "r.jsonl", "rankings") == 8
-    assert write_export(found, run / "p.jsonl", "pairs") == 24
-    assert write_export(found, run / "p.parquet", "parquet") == 24
-    assert [Ranking.from_row(row) for row in read_jsonl(run / "r.jsonl")] == found
+    store = Store(run / "labels.db")
+    found = snapshot(store, 0.15)
+    options = Options(0.15)
+    for name, format in (("r.jsonl", "rankings"), ("p.jsonl", "pairs"), ("p.parquet", "parquet")):
+        counts = export_file(store, run / name, format, options)
+        assert counts.rankings == 8
+        assert list(counts.rows.values()) == [8 if format == "rankings" else 24]
+    rows = [Ranking.from_row(row) for row in read_jsonl(run / "r.jsonl")]
+    assert sorted(rows, key=lambda ranking: ranking.id) == found
     assert pyarrow.parquet.read_table(run / "p.parquet").to_pylist() == read_jsonl(run / "p.jsonl")
 
 
-def test_an_empty_export_is_still_a_readable_file(tmp_path):
-    write_export([], tmp_path / "p.parquet", "parquet")
+def test_an_empty_export_is_still_readable(tmp_path):
+    store = Store(tmp_path / "labels.db")
+    export_file(store, tmp_path / "p.parquet", "parquet", Options(0.15))
     assert pyarrow.parquet.read_table(tmp_path / "p.parquet").num_rows == 0
+    export_folder(store, tmp_path / "all", Options(0.15))
+    manifest = json.loads((tmp_path / "all" / "manifest.json").read_text())
+    assert [manifest["files"][name]["rows"] for name in FILES] == [0] * len(FILES)
 
 
 # ---- the command ---------------------------------------------------------------------------

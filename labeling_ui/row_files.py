@@ -1,0 +1,102 @@
+"""Files that grow row by row in constant memory: canonical JSONL, and parquet with a fixed schema."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.records import canonical_json
+
+# rows of a parquet row group: fixed, because it decides the bytes of the file
+_GROUP_ROWS = 1000
+
+
+class RowFile(Protocol):
+    """Takes rows; `count` says how many."""
+
+    count: int
+
+    def write(self, row: dict[str, Any]) -> None: ...
+
+
+@contextmanager
+def open_rows(name: str, path: Path) -> Iterator[RowFile]:
+    """A file at `path` for rows of the kind that `name` holds; its suffix decides the format."""
+    if name.endswith(".jsonl"):
+        with path.open("w", encoding="utf-8", newline="\n") as file:
+            yield _Lines(file)
+        return
+    import pyarrow.parquet
+
+    schema = _schema(name)
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+        rows = _Parquet(writer, schema)
+        yield rows
+        rows.flush()
+
+
+class _Lines:
+    def __init__(self, file: Any) -> None:
+        self.count = 0
+        self._file = file
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write(canonical_json(row) + "\n")
+        self.count += 1
+
+
+class _Parquet:
+    def __init__(self, writer: Any, schema: Any) -> None:
+        self.count = 0
+        self._writer, self._schema = writer, schema
+        self._waiting: list[dict[str, Any]] = []
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.count += 1
+        self._waiting.append(row)
+        if len(self._waiting) == _GROUP_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        import pyarrow
+
+        if self._waiting:
+            self._writer.write_table(pyarrow.Table.from_pylist(self._waiting, self._schema))
+            self._waiting = []
+
+
+def _schema(name: str) -> Any:
+    """A written schema: without rows there is nothing to infer it from."""
+    import pyarrow
+
+    text, whole, real = pyarrow.string(), pyarrow.int64(), pyarrow.float64()
+    turns = pyarrow.list_(pyarrow.struct([("role", text), ("content", text)]))
+    texts = pyarrow.list_(text)
+    columns = {
+        "pairs.parquet": {
+            "prompt": turns,
+            "chosen": turns,
+            "rejected": turns,
+            "weight": real,
+            "soft_label": real,
+            "votes": whole,
+            "group_id": text,
+            "prompt_id": text,
+            "ranking_id": text,
+            "annotator": text,
+            "split": text,
+        },
+        "groups.parquet": {
+            "prompt": turns,
+            "responses": texts,
+            "ranks": pyarrow.list_(pyarrow.list_(whole)),
+            "annotators": texts,
+            "ranking_ids": texts,
+            "group_id": text,
+            "prompt_id": text,
+            "split": text,
+        },
+    }
+    return pyarrow.schema(list(columns[name].items()))
