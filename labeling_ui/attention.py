@@ -13,7 +13,7 @@ from labeling_ui.quality import AnnotatorQuality
 
 FEW_ITEMS, FEW_RANKINGS = 5, 20
 """Gold items and rankings below which nothing is said of a person."""
-_PLACE_MARGIN = 0.05
+_PLACE_MARGIN, _EARLIER_MARGIN = 0.05, 0.02
 _LOW_CONSISTENCY = 0.75
 _MANY_TIES, _MANY_SKIPS = 0.7, 0.3
 _HURRY = 1 / 3
@@ -53,7 +53,8 @@ def _about_all(found: Overview) -> Iterator[str]:
     if pairwise is not None and pairwise.low > _SUSPICIOUS_AGREEMENT:
         yield f"Annotators agree on {_share(pairwise)}: do they work independently?"
     earlier = statistics.position.earlier_wins
-    if earlier is not None and not earlier.low <= 0.5 <= earlier.high:
+    margin = _EARLIER_MARGIN
+    if earlier is not None and (earlier.low > 0.5 + margin or earlier.high < 0.5 - margin):
         side = "earlier" if earlier.value > 0.5 else "later"
         share = _share(earlier)
         yield f"The place decides: what is shown earlier wins {share}, so {side} places are favoured."

@@ -19,7 +19,7 @@ from labeling_ui.assignments import guidelines_version
 from labeling_ui.dashboard import Dashboard, Overview
 from labeling_ui.forms import Refused
 from labeling_ui.schema import queues
-from labeling_ui.store import Store
+from labeling_ui.store import EXTRA, WRITE, Store
 
 QUEUE_FIELDS = ("overlap", "minimum", "lease_minutes", "gold_rate", "repeat_rate")
 
@@ -75,11 +75,12 @@ class Handlers:
         return [(row.name, row.id) for row in list_users(self.store)]
 
     def steps(self, name: str) -> list[str]:
-        """The queues, open ones first."""
+        """The queues, open ones first, standing ones last."""
         self._lead(name)
         query = sa.select(queues.c.step).order_by(queues.c.open.desc(), queues.c.step)
         with self.store.read() as tx:
-            return list(tx.execute(query).scalars())
+            steps = list(tx.execute(query).scalars())
+        return sorted(steps, key=(EXTRA, WRITE).__contains__)
 
     def guidelines(self, name: str) -> tuple[str, int | None]:
         """The guidelines in force and their version."""

@@ -16,6 +16,7 @@ from labeling_ui.judgements import Estimate
 from labeling_ui.store_counts import Pace, Queue, Times
 
 MOST_ROWS = 30
+_LONGEST_NAME = 40
 _HEIGHT, _TOP, _BOTTOM = 150, 10, 22
 
 
@@ -35,6 +36,11 @@ def text(value: object) -> str:
     return "".join(c if c.isalnum() or c in " .,-" else f"&#{ord(c)};" for c in visible(str(value)))
 
 
+def shortened(name: str) -> str:
+    """Imported files may name anybody anything."""
+    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
+
+
 def tiles(values: Sequence[tuple[str, str, str]]) -> str:
     """Big numbers: (what, number, a word more)."""
     cells = "".join(
@@ -47,8 +53,8 @@ def tiles(values: Sequence[tuple[str, str, str]]) -> str:
 def coverage(queues: Sequence[Queue]) -> str:
     """A bar per queue: places filled, of all that are wanted."""
     rows = []
-    for queue in queues:
-        share = queue.filled / queue.wanted if queue.wanted else 0.0
+    for queue in (queue for queue in queues if queue.tasks):
+        share = queue.filled / queue.wanted
         state = "frozen" if queue.frozen else "open" if queue.open else "closed"
         bar = (
             '<svg class="lead-bar" aria-hidden="true"><rect class="track" width="100%" height="14" rx="4"/>'
@@ -63,7 +69,7 @@ def coverage(queues: Sequence[Queue]) -> str:
             f'<td class="plot">{bar}</td><td>{text(said)}</td></tr>'
         )
     if not rows:
-        return _empty("There is no queue yet.")
+        return _empty("No queue has prompts yet.")
     caption = "Coverage: rankings in, of overlap × prompts"
     return _table(caption, rows)
 
@@ -81,7 +87,7 @@ def intervals(
     if not known:
         return _empty(f"{title}: nothing to measure yet.")
     lines = [
-        f'<tr><th scope="row">{text(row.name)}</th><td class="plot">'
+        f'<tr><th scope="row">{text(shortened(row.name))}</th><td class="plot">'
         f"{_dot(row, scale, reference, usual)}</td><td>{text(_said(row))}</td></tr>"
         for row in known[:MOST_ROWS]
     ]
@@ -170,7 +176,7 @@ def _dot(
 
 def _axis(scale: tuple[float, float]) -> str:
     low, high = scale
-    ticks = [low + (high - low) * i / 4 for i in range(5)]
+    ticks = [low + i / 4 for i in range(round((high - low) * 4) + 1)]
     marks = "".join(
         f'<text x="{_at(tick, scale):.2f}%" y="12" text-anchor="middle">{tick:g}</text>'
         for tick in ticks
@@ -181,7 +187,10 @@ def _axis(scale: tuple[float, float]) -> str:
 def _said(row: Row) -> str:
     assert row.value is not None
     value = row.value
-    said = f"{value.value:.2f} ({value.low:.2f} to {value.high:.2f}), {value.count} {row.unit}"
+    interval = f"{value.low:.2f} to {value.high:.2f}"
+    if value.low == value.high:
+        interval = "too few for an interval"
+    said = f"{value.value:.2f} ({interval}), {value.count:,} {row.unit}"
     return said if row.reference is None else f"{said}; chance {row.reference:.2f}"
 
 

@@ -48,7 +48,7 @@ class _Numbers(NamedTuple):
 def build(handlers: Handlers) -> gr.Blocks:
     """The page. Theme, css and head are given when it is mounted: here they would be ignored."""
     with gr.Blocks(title="prefline: lead", analytics_enabled=False) as page:
-        gr.HTML(_TOP)
+        gr.HTML(_TOP, apply_default_css=False)
         with gr.Row(elem_classes="lead-tools"):
             as_of = gr.Markdown(elem_id="as-of")
             refresh = gr.Button("Refresh", size="sm")
@@ -100,14 +100,14 @@ def build(handlers: Handlers) -> gr.Blocks:
 
 
 def _overview_tab() -> tuple[list[Any], gr.Button]:
-    tiles = gr.HTML()
+    tiles = gr.HTML(apply_default_css=False)
     gr.Markdown("## Look at this first")
     hints = table(lead_tables.HINTS, "Hints", widths=["18%", "82%"])
     no_hints = gr.Markdown(visible=False)
-    coverage = gr.HTML()
+    coverage = gr.HTML(apply_default_css=False)
     with gr.Row(elem_classes="lead-pair"):
-        pace = gr.HTML()
-        times = gr.HTML()
+        pace = gr.HTML(apply_default_css=False)
+        times = gr.HTML(apply_default_css=False)
     with gr.Row(elem_classes="lead-pair"):
         with gr.Column():
             gr.Markdown("## What becomes of the answers")
@@ -126,7 +126,7 @@ def _agreement_tab() -> list[Any]:
         "Dots are estimates, lines their 95 % intervals (over prompts), dashes what chance gives, the"
         " grey field what is usual for people. Known answers and repeats are left out."
     )
-    return [gr.HTML(), gr.HTML()]
+    return [gr.HTML(apply_default_css=False), gr.HTML(apply_default_css=False)]
 
 
 def _annotators_tab() -> tuple[list[Any], gr.Button, gr.Button]:
@@ -139,7 +139,7 @@ def _annotators_tab() -> tuple[list[Any], gr.Button, gr.Button]:
         person = gr.Dropdown([], label="Annotator", value=None)
         pause = gr.Button("Pause", size="sm")
         resume = gr.Button("Resume", size="sm")
-    return [people, person, gr.HTML()], pause, resume
+    return [people, person, gr.HTML(apply_default_css=False)], pause, resume
 
 
 def _drawn(numbers: _Numbers, handlers: Handlers, name: str) -> Drawn:

@@ -11,6 +11,7 @@ from labeling_ui.display import visible
 from labeling_ui.forms import CONFIDENCES, FLAGS
 from labeling_ui.inspection import Line, Prompt
 from labeling_ui.judgements import Estimate
+from labeling_ui.lead_charts import shortened
 from labeling_ui.store_counts import Lease, Queue
 
 Rows = list[list[str]]
@@ -33,7 +34,7 @@ NOTHING = "–"
 
 
 def hints(found: Sequence[Hint]) -> Rows:
-    return [[_shown(hint.about), hint.text] for hint in found]
+    return [[shortened(_shown(hint.about)), hint.text] for hint in found]
 
 
 def left_out(found: Overview) -> Rows:
@@ -71,7 +72,7 @@ def annotators(found: Overview) -> Rows:
         own = found.statistics.people.get(person.id)
         is_only_lead = person.role == "lead" and own is None
         state = ("lead" if person.role == "lead" else "active") if person.active else "paused"
-        row = [_shown(person.name), person.kind, state]
+        row = [shortened(_shown(person.name)), person.kind, state]
         if own is None:
             row += ["0" if not is_only_lead else NOTHING, "0", str(person.all_bad)]
             row += [NOTHING] * 6
@@ -114,7 +115,7 @@ def said(prompt: Prompt) -> Rows:
         scores = " ".join("·" if score is None else str(score) for score in one.scores)
         rows.append(
             [
-                _shown(one.name),
+                shortened(_shown(one.name)),
                 status,
                 " ".join(map(str, one.ranks)) or NOTHING,
                 scores if any(score is not None for score in one.scores) else NOTHING,
@@ -152,4 +153,6 @@ def _share(value: float | None) -> str:
 def _estimate(found: Estimate | None, unit: str) -> str:
     if found is None:
         return NOTHING
+    if found.low == found.high:
+        return f"{found.value:.0%}, {found.prompts} {unit}"
     return f"{found.value:.0%} ({found.low:.0%}–{found.high:.0%}), {found.prompts} {unit}"

@@ -204,7 +204,8 @@ def guidelines_tab(handlers: Handlers) -> Load:
         with gr.Column():
             gr.Markdown("In force now:")
             preview = gr.Markdown(elem_classes="lead-text", latex_delimiters=[])
-    save = gr.Button("Put this text in force", size="sm")
+    with gr.Row(elem_classes="lead-act"):
+        save = gr.Button("Put this text in force", size="sm")
 
     def drawn(name: str) -> Drawn:
         text, number = handlers.guidelines(name)

@@ -37,6 +37,8 @@ from labeling_ui.store import Store, log_event, open_run_store
 from pipeline.errors import EXIT_DONE, ConfigError, ToolkitError
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+# whoever opens the ranking page is handed a prompt: a lead comes to look
+_HOME = {"annotator": "/ui/", "lead": "/lead/"}
 
 
 class Logins:
@@ -79,7 +81,8 @@ class Logins:
         return int(found.id)
 
     async def start(self, request: Request) -> Response:
-        return RedirectResponse("/ui/" if self.name_of(request) else "/login", 303)
+        role = self.role_of(request.headers.get("cookie", ""))
+        return RedirectResponse(_HOME[role] if role else "/login", 303)
 
     async def show(self, _request: Request) -> Response:
         return self._form("", 200)
@@ -96,7 +99,7 @@ class Logins:
                 minutes = int(closed // 60) + 1
                 return self._form(f"Too many failed logins. Try again in {minutes} minutes.", 429)
             return self._form("Name and password do not fit.", 401)
-        answer = RedirectResponse("/ui/", 303)
+        answer = RedirectResponse(_HOME[found.role], 303)
         answer.set_cookie(
             guard.COOKIE,
             guard.sign(self.secret, found.id, found.session),
