@@ -116,7 +116,8 @@ def queue_samples(
             origin=samples.digest,
             step=out.step,
             split=prompt.split,
-            priority=group.priority or 0.0,
+            # priority has done its work where the prompts were chosen: to rank by it as well would
+            # leave a choice among the held-out ones to it, where people stop at rank.minimum
             selection_probability=group.selection_probability,
         )
         rows.append(row)

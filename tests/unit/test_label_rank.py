@@ -197,7 +197,7 @@ def test_people_are_waited_for_until_there_are_enough(tmp_path):
     assert opened == {"rank": False, "rank-2": True}
 
 
-def test_what_the_reward_model_asks_for_comes_first(tmp_path):
+def test_how_probable_the_choice_of_a_prompt_was_is_kept_and_orders_nothing(tmp_path):
     given = samples(tmp_path, prompts=4)
     groups = [SampleGroup.from_row(row) for row in read_jsonl(given.path / "samples.jsonl")]
     wanted = [
@@ -207,16 +207,11 @@ def test_what_the_reward_model_asks_for_comes_first(tmp_path):
     write_jsonl(given.path / "samples.jsonl", (group.to_row() for group in wanted))
     with pytest.raises(PeopleNeeded):
         rank.run(settings(by="people"), {"samples": given}, make_out(tmp_path))
-    store = Store(tmp_path / "labels.db")
-    with store.write() as tx:
-        insert_new(tx, users, [{"kind": "person", "name": "alice", "created": 0.0}])
-    for group in reversed(wanted):
-        work = claim(store, 1)
-        assert work.messages == group.prompt.messages
-        submit(store, 1, work.token, [1, 2, 3, 4])
-    with store.read() as tx:
-        kept = tx.execute(sa.select(tasks.c.selection_probability)).scalars().all()
-    assert sorted(kept) == [0.3, 0.4, 0.5, 0.6]
+    with Store(tmp_path / "labels.db").read() as tx:
+        kept = tx.execute(sa.select(tasks.c.prompt_id, tasks.c.selection_probability)).all()
+        priorities = set(tx.execute(sa.select(tasks.c.priority)).scalars())
+    assert dict(kept) == {g.prompt.id: g.selection_probability for g in wanted}
+    assert priorities == {0.0}
 
 
 def test_need_is_overlap_times_prompts(tmp_path):
