@@ -81,7 +81,7 @@ def prompts_tab(handlers: Handlers) -> Load:
         view = gr.Dropdown(views, label="List", value="disagreement")
         words = gr.Textbox(label="With this text or id", max_length=200)
         find = gr.Button("Find", size="sm")
-    listed = table(lead_tables.PROMPTS, "Prompts", wrap=False, max_chars=80)
+    listed = table(lead_tables.PROMPTS, "Prompts", wrap=False, max_chars=60)
     gr.Markdown("Select a row to see the prompt, its responses and what was said of them.")
     open_prompt = _prompt_area(handlers)
     with gr.Accordion("Import known answers (JSONL)", open=False):

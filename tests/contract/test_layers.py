@@ -68,6 +68,8 @@ def test_the_humans_do_not_know_the_work(name):
 def test_only_files_that_draw_import_gradio(name):
     deciding = {"rank", "store", "assignments", "quality", "importing", "exporting", "accounts"}
     deciding |= {"simulate", "progress", "layouts", "labels"}
+    deciding |= {"administration", "gold", "dashboard", "store_counts", "stored_judgements"}
+    deciding |= {"inspection", "attention", "lead", "lead_charts", "lead_figures", "lead_tables"}
     if Path(name).stem in deciding | {"judgements", "agreement", "aggregate"}:
         assert "gradio" not in tops(name)
 
