@@ -131,8 +131,8 @@ def ranks_alpha(judgements: Sequence[Judgement], seed: int = 0) -> Estimate | No
     for block in blocks(voices):
         size = block.ranks_NK.shape[1]
         values.append((rankdata(block.ranks_NK, axis=1) - 0.5).ravel() / size)
-        tasks_N = task_N[block.rows_N]
-        units.append((unit_start + tasks_N[:, None] * size + np.arange(size)).ravel())
+        first_unit_N = unit_start + task_N[block.rows_N] * size
+        units.append((first_unit_N[:, None] + np.arange(size)).ravel())
         prompts.append(np.repeat(prompt_N[block.rows_N], size))
         unit_start += (int(task_N.max()) + 1) * size
     if not values:
@@ -216,7 +216,9 @@ def _overlapping(judgements: Sequence[Judgement]) -> list[Judgement]:
         annotators = heard.setdefault(voice.task.id, set())
         assert voice.annotator not in annotators, f"{voice.annotator} twice in {voice.task.id}"
         annotators.add(voice.annotator)
-    return [voice for voice in voices if len(heard[voice.task.id]) > 1]
+    shared = [voice for voice in voices if len(heard[voice.task.id]) > 1]
+    # sums of floats depend on the order in their last digit
+    return sorted(shared, key=lambda voice: (voice.task.id, voice.annotator))
 
 
 def _twos(count: Floats) -> Floats:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 DRAWS = 2000
+MOST_DRAWN = 1000
 _Z95 = 1.959964
-_PICKS_AT_ONCE = 2**18
 
 
 @dataclass(frozen=True)
@@ -122,16 +122,26 @@ def bootstrap(
         sums_PC: what each prompt adds to each column.
         statistic: from sums `[D, C]` to values `[D]`; NaN where a draw says nothing.
     """
-    prompts = len(sums_PC)
     rng = np.random.default_rng(seed)
-    at_once = max(1, min(DRAWS, _PICKS_AT_ONCE // prompts))
-    drawn = []
-    for start in range(0, DRAWS, at_once):
-        picks = rng.integers(0, prompts, size=(min(at_once, DRAWS - start), prompts))
-        drawn.append(statistic(sums_PC[picks].sum(1)))
-    low, high = np.nanpercentile(np.concatenate(drawn), [2.5, 97.5])
+    drawable = _in_bags(sums_PC, rng)
+    picks = rng.integers(0, len(drawable), size=(DRAWS, len(drawable)))
+    drawn = np.stack([np.bincount(row, minlength=len(drawable)) @ drawable for row in picks])
+    low, high = np.nanpercentile(statistic(drawn), [2.5, 97.5])
     value = float(statistic(sums_PC.sum(0, keepdims=True))[0])
-    return Estimate(value, float(low), float(high), round(count), prompts)
+    return Estimate(value, float(low), float(high), round(count), len(sums_PC))
+
+
+def _in_bags(sums_PC: Floats, rng: np.random.Generator) -> Floats:
+    """Prompts added up at random to at most `MOST_DRAWN` bags of nearly equal size.
+
+    Sums of independent prompts are independent too, so drawing bags gives the same interval (its
+    width is known to 1 / sqrt(2 * bags), 2 %), in a time that does not grow with the prompts.
+    """
+    prompts = len(sums_PC)
+    if prompts <= MOST_DRAWN:
+        return sums_PC
+    bag_P = np.arange(prompts) * MOST_DRAWN // prompts
+    return sums_by(bag_P, sums_PC[rng.permutation(prompts)], MOST_DRAWN)
 
 
 def ratio(sums_PC: Floats, seed: int) -> Estimate | None:
