@@ -13,7 +13,7 @@ import gradio as gr
 
 from labeling_ui import attention, lead_charts, lead_figures, lead_tables, lead_tabs
 from labeling_ui.lead import Handlers
-from labeling_ui.lead_tabs import QUIET, Drawn, asking, table
+from labeling_ui.lead_tabs import QUIET, Drawn, asking, choice, table
 
 ASSETS = Path(__file__).parent / "assets"
 CSS = (ASSETS / "lead.css").read_text(encoding="utf-8")
@@ -116,7 +116,7 @@ def _overview_tab() -> tuple[list[Any], gr.Button]:
             gr.Markdown("## Who works on what now")
             leases = table(lead_tables.LEASES, "Leases")
             with gr.Row(elem_classes="lead-act"):
-                lease = gr.Dropdown([], label="A lease that is stuck", value=None)
+                lease = choice("A lease that is stuck")
                 release = gr.Button("Release it", size="sm")
     return [hints, no_hints, tiles, coverage, pace, times, left_out, leases, lease], release
 
@@ -136,7 +136,7 @@ def _annotators_tab() -> tuple[list[Any], gr.Button, gr.Button]:
     )
     people = table(lead_tables.ANNOTATORS, "Annotators", pinned=1, wrap=False)
     with gr.Row(elem_classes="lead-act"):
-        person = gr.Dropdown([], label="Annotator", value=None)
+        person = choice("Annotator")
         pause = gr.Button("Pause", size="sm")
         resume = gr.Button("Resume", size="sm")
     return [people, person, gr.HTML(apply_default_css=False)], pause, resume

@@ -72,6 +72,15 @@ def table(
     )
 
 
+def choice(label: str, choices: Sequence[Any] = (), value: Any = None) -> gr.Dropdown:
+    """A list that is filled when the page is loaded.
+
+    Gradio knows the filled list only until it is restarted, and would then refuse what an open page
+    sends: so it lets everything pass, and the handlers check it.
+    """
+    return gr.Dropdown(list(choices), label=label, value=value, allow_custom_value=True)
+
+
 # ---- prompts and known answers -------------------------------------------------------------
 
 
@@ -81,7 +90,7 @@ def prompts_tab(handlers: Handlers) -> Load:
         view = gr.Dropdown(views, label="List", value="disagreement")
         words = gr.Textbox(label="With this text or id", max_length=200)
         find = gr.Button("Find", size="sm")
-    listed = table(lead_tables.PROMPTS, "Prompts", wrap=False, max_chars=80)
+    listed = table(lead_tables.PROMPTS, "Prompts", wrap=False, max_chars=60)
     gr.Markdown("Select a row to see the prompt, its responses and what was said of them.")
     open_prompt = _prompt_area(handlers)
     with gr.Accordion("Import known answers (JSONL)", open=False):
@@ -234,7 +243,7 @@ def queues_tab(handlers: Handlers) -> Queues:
     gr.Markdown("## Queues\nWhat is changed here stays when the line is resumed.")
     listed = table(lead_tables.QUEUES, "Queues", pinned=1)
     with gr.Row(elem_classes="lead-act"):
-        step = gr.Dropdown([], label="Queue", value=None)
+        step = choice("Queue")
         fields = [
             gr.Number(label="Overlap (annotators)", precision=0, minimum=1),
             gr.Number(label="Minimum (empty: all)", value=None),
@@ -289,8 +298,8 @@ def queues_tab(handlers: Handlers) -> Queues:
 
 def audit_tab(handlers: Handlers) -> Load:
     with gr.Row(elem_classes="lead-act"):
-        kind = gr.Dropdown([("all", "")], label="What", value="")
-        who = gr.Dropdown([("all", 0)], label="Who", value=0)
+        kind = choice("What", [("all", "")], "")
+        who = choice("Who", [("all", 0)], 0)
         most = gr.Dropdown([100, 500, 2000], label="Last", value=100)
     log = table(lead_tables.AUDIT, "Audit log", max_chars=300)
 

@@ -64,18 +64,12 @@ def test_the_humans_do_not_know_the_work(name):
     assert not tops(name) & {"stages", "torch", "transformers", "trl", "peft", "accelerate"}
 
 
-LABELS_DATA = {
-    *("candidates", "counting", "export_files", "forgetting", "oasst", "queueing", "reading"),
-    *("row_files", "screening"),
-}
+DRAWING = {"app", "board", "server", "lead_page", "lead_tabs"}
 
 
 @pytest.mark.parametrize("name", of("labeling_ui"))
 def test_only_files_that_draw_import_gradio(name):
-    deciding = {"rank", "store", "assignments", "quality", "importing", "exporting", "accounts"}
-    deciding |= {"simulate", "progress", "layouts", "labels", *LABELS_DATA}
-    if Path(name).stem in deciding | {"judgements", "agreement", "aggregate"}:
-        assert "gradio" not in tops(name)
+    assert Path(name).stem in DRAWING or "gradio" not in tops(name)
 
 
 @pytest.mark.parametrize("stage", [s for s in STAGES.values() if s.module.startswith("stages.")])
