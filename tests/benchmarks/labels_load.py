@@ -32,6 +32,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,14 +42,12 @@ import sqlalchemy as sa
 from labeling_ui.accounts import hash_password
 from labeling_ui.schema import assignments, queues, rankings, tasks, users
 from labeling_ui.store import Store, insert_new, task_row
-from tests.benchmarks import limits
-from tests.benchmarks.common import table
 
 RESPONSES = 4
 OVERLAP = 2
 PASSWORD = "correct horse"
 _ROOT = Path(__file__).resolve().parents[2]
-_GIVE_UP = 180.0  # seconds for which a client asks a server that does not answer
+_GIVE_UP = 600.0  # seconds for which a client asks a server that does not answer
 
 
 @dataclass
@@ -241,7 +240,7 @@ async def annotate(site: Site, name: str, count: int, think: float, log: Log) ->
         for placed in range(1, dice.randint(1, 3)):
             revision += 1
             half: list[int | None] = [*ranks[:placed], *[None] * (RESPONSES - placed)]
-            saved = await ask("draft", lambda h=half, r=revision: site.draft(work, h, r))
+            saved = await ask("draft", partial(site.draft, work, half, revision))
             # after a retry the first try may have been stored: then the second is no news
             if dice.random() < 0.3 and isinstance(site, Page):
                 again = await ask("reload", site.claim)
@@ -251,10 +250,7 @@ async def annotate(site: Site, name: str, count: int, think: float, log: Log) ->
                     log.problems["a saved draft was gone after a reload"] += 1
         press = uuid.UUID(int=dice.getrandbits(128)).hex
         presses = 2 if dice.random() < 0.1 else 1
-
-        def submit(work: Work = work, ranks: list[int] = ranks, press: str = press) -> Any:
-            return ask("submit", lambda: site.submit(work, ranks, press), wait=False)
-
+        submit = partial(ask, "submit", partial(site.submit, work, ranks, press), wait=False)
         await asyncio.sleep(dice.expovariate(1 / think) if think else 0)
         for said in await asyncio.gather(*(submit() for _ in range(presses))):
             if said not in ("", "Already saved."):
@@ -316,7 +312,9 @@ class Server:
         self.process.wait()
 
 
-def kill_now_and_then(server: Server, log: Log, total: int, kills: int, done: threading.Event) -> None:
+def kill_now_and_then(
+    server: Server, log: Log, total: int, kills: int, done: threading.Event
+) -> None:
     """Kill and restart when 1/(kills+1), 2/(kills+1), .. of the rankings are in."""
     for i in range(1, kills + 1):
         while len(log.acknowledged) < total * i / (kills + 1):
@@ -375,7 +373,7 @@ def compare(store: Store, log: Log) -> dict[str, int]:
     )  # fmt: skip
     with store.read() as tx:
         rows = tx.execute(query).all()
-        filled = dict(tx.execute(sa.select(tasks.c.id, tasks.c.filled)).tuples().all())
+        filled = {row.id: row.filled for row in tx.execute(sa.select(tasks.c.id, tasks.c.filled))}
         intact = tx.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
     by_token: dict[str, list[Any]] = {}
     for row in rows:
@@ -410,7 +408,9 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--people", type=int, default=100)
     parser.add_argument("--rankings", type=int, default=20, help="of each")
     parser.add_argument("--think", type=float, default=5.0, help="mean seconds before a request")
@@ -444,6 +444,10 @@ def report(
     kills: int,
     said: str,
 ) -> int:
+    # here: they import torch, which the load does not need
+    from tests.benchmarks import limits
+    from tests.benchmarks.common import table
+
     print(
         f"labels_load: {given.people} annotators, {given.rankings} rankings each, {given.think:g} s of"
         f" thought before a request, {kills} kills, on {limits.machine()}, load"
@@ -458,7 +462,9 @@ def report(
         for side, those in (("app", log), ("bare", peer)):
             taken = those.seconds.get(kind, [])
             if taken and not (side == "bare" and kind == "log in"):
-                shares = (f"{1000 * percentile(taken, share):.0f}" for share in (0.5, 0.95, 0.99, 1))
+                shares = (
+                    f"{1000 * percentile(taken, share):.0f}" for share in (0.5, 0.95, 0.99, 1)
+                )
                 rows.append((f"{kind}, {side}", str(len(taken)), *shares))
     print(table(("request", "number", "p50 ms", "p95 ms", "p99 ms", "most ms"), rows))
     print()
