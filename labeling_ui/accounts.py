@@ -110,7 +110,8 @@ def list_users(store: Store) -> list[Row[Any]]:
 
 
 def find_user(tx: Connection, name: str) -> Row[Any] | None:
-    query = sa.select(users).where(users.c.kind == "person", users.c.name == name)
+    asked = name.replace("\0", "")
+    query = sa.select(users).where(users.c.kind == "person", users.c.name == asked)
     return tx.execute(query).first()
 
 
@@ -155,8 +156,8 @@ def seconds_closed(store: Store, name: str, address: str, now: float | None = No
 
 
 def _doors(name: str, address: str) -> list[tuple[str, int]]:
-    # cut: a name is what somebody typed
-    name = name[:64]
+    # a name is what somebody typed: of any length, and PostgreSQL takes no NUL
+    name = name[:64].replace("\0", "")
     return [
         (f"{name}|{address}", _FAILURES_PAIR),
         (f"name:{name}", _FAILURES_WIDE),

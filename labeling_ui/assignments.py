@@ -121,7 +121,7 @@ def save_draft(
         if found.state != "leased" and found.reopened is None:
             return False
         draft = Form.read(form, len(json.loads(found.display_order)))
-        if type(revision) is not int or revision <= found.draft_revision:
+        if type(revision) is not int or not found.draft_revision < revision < 2**31:
             return False
         # work prolongs the lease, an open page alone does not
         minutes = tx.execute(

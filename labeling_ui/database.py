@@ -8,10 +8,8 @@ SQLAlchemy's default, 714 of 1000 prompts were handed out twice, without an erro
 
 from __future__ import annotations
 
-import random
 import sqlite3
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,12 +38,7 @@ _POSTGRES_REASONS = {
     "25006": "it may only be read",
 }
 
-_FAULTS = (
-    sa.exc.OperationalError,
-    sa.exc.InternalError,
-    sa.exc.TimeoutError,
-    sqlite3.OperationalError,
-)
+_FAULTS = (sa.exc.OperationalError, sa.exc.InternalError, sa.exc.TimeoutError)
 
 
 class Unavailable(Refused):
@@ -117,33 +110,12 @@ def _prepare_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
 def _begin(tx: Connection) -> None:
     reads = tx.get_execution_options().get(_READS)
     if tx.dialect.name == "sqlite":
-        if reads:
-            tx.exec_driver_sql("BEGIN")
-        else:
-            _begin_immediate(tx.connection.dbapi_connection)  # type: ignore[arg-type]
+        tx.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
     elif not reads:
         tx.exec_driver_sql(
             f"SET LOCAL lock_timeout = {BUSY_SECONDS * 1000:.0f};"
             f" SELECT pg_advisory_xact_lock({_POSTGRES_LOCK})"
         )
-
-
-def _begin_immediate(connection: sqlite3.Connection) -> None:
-    # SQLite waits ever longer between its tries, so that with many processes the first starve:
-    # 11 of 16 got no turn in 30 s. Here each try has the same chance.
-    end = time.monotonic() + BUSY_SECONDS
-    connection.execute("PRAGMA busy_timeout = 0")
-    try:
-        while True:
-            try:
-                connection.execute("BEGIN IMMEDIATE")
-                return
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
-                    raise
-            time.sleep(random.uniform(0.001, 0.01))
-    finally:
-        connection.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000:.0f}")
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from labeling_ui import database, labels, rank
-from labeling_ui.assignments import claim, submit
+from labeling_ui import accounts, database, labels, rank
+from labeling_ui.assignments import claim, save_draft, submit
 from labeling_ui.database import Unavailable
 from labeling_ui.schema import events, queues, rankings, tasks, users
 from labeling_ui.store import Store, insert_new, log_event, task_row
@@ -162,6 +162,19 @@ def test_a_postgres_server_that_drops_us_is_told_and_found_again(new_store):
         lose()
     assert look(store, sa.select(events).where(events.c.kind == "lost")) == []
     assert claim(store, ann) is not None
+
+
+def test_what_a_database_cannot_hold_is_no_fault_of_it(new_store, monkeypatch):
+    monkeypatch.setattr(accounts, "_SCRYPT", (2**4, 8, 1))
+    monkeypatch.setattr(accounts, "_NOBODY", [])
+    _, (ann,) = make(new_store, 1, 1)
+    store = new_store()
+    assert accounts.check_login(store, "a\0nn0", "long enough", "10.0.0.1") is None
+    assert accounts.seconds_closed(store, "\0" * 100, "10.0.0.1") == 0
+    work = claim(store, ann)
+    assert not save_draft(store, ann, work.token, [1, None, None], 2**31)
+    assert not save_draft(store, ann, work.token, [1, None, None], 2**70)
+    assert save_draft(store, ann, work.token, [1, None, None], 2**31 - 1)
 
 
 def test_a_mistake_of_ours_is_no_fault_of_the_machine(new_store):
