@@ -52,7 +52,7 @@ def reopen(store: Store, user_id: int, token: str, now: float | None = None) -> 
         found = owned(tx, user_id, token)
         if token not in {row.token for row in tx.execute(_changeable(user_id)).all()}:
             raise Refused(f"Only your last {RECENT} answers can be changed, while they are open.")
-        own = assignments.c.user_id == user_id, assignments.c.reopened.is_not(None)
+        own = assignments.c.user_id == user_id, assignments.c.reopened > 0
         tx.execute(sa.update(assignments).where(*own).values(reopened=None))
         again = sa.update(assignments).where(assignments.c.id == found.id)
         if found.draft is None:

@@ -9,6 +9,7 @@ noticed here, when somebody asks for work: there is no clock that has to run.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ from pipeline.records import content_id
 
 REPEAT_AFTER = 20
 """A task comes again when its person has finished so many others since."""
+KINDS = ("rank", "write")
+"""Of the tasks that wait in queues."""
 _PASSED = 200
 """So many begun tasks are looked at for one that is new to a person."""
 _RANDOM = random.SystemRandom()
@@ -51,13 +54,19 @@ def next_task(tx: Connection, user_id: int, now: float) -> tuple[str, int] | Non
     return other or work.task, work.lease_minutes
 
 
+def open_queues(tx: Connection) -> Sequence[Row[Any]]:
+    """The queues that hand out work now; few, however many tasks they hold."""
+    query = sa.select(queues).where(queues.c.open, ~queues.c.frozen, queues.c.by == "people")
+    return tx.execute(query.order_by(queues.c.step)).all()
+
+
 def open_tasks() -> sa.Select[Any]:
     """Tasks of the queues that hand out work now."""
     return (
         sa.select(tasks.c.id)
         .join(queues, queues.c.step == tasks.c.step)
         .where(queues.c.open, ~queues.c.frozen, queues.c.by == "people", tasks.c.active)
-        .where(tasks.c.kind.in_(("rank", "write")))
+        .where(tasks.c.kind.in_(KINDS))
     )
 
 
@@ -106,9 +115,7 @@ def _begun(tx: Connection, user_id: int, now: float) -> Work | None:
         sa.select(tasks.c.id, queues.c.lease_minutes, assignments.c.expires, assignments.c.reopened)
         .select_from(assignments.join(tasks).outerjoin(queues, queues.c.step == tasks.c.step))
         # each side has an index: a person may have done very much
-        .where(
-            (own & (assignments.c.state == "leased")) | (own & assignments.c.reopened.is_not(None))
-        )
+        .where((own & (assignments.c.state == "leased")) | (own & (assignments.c.reopened > 0)))
         .where(tasks.c.active)
         .where(queues.c.step.is_(None) | (queues.c.open & ~queues.c.frozen))
         .order_by(sa.func.coalesce(assignments.c.reopened, 0).desc(), assignments.c.expires.desc())
@@ -127,15 +134,13 @@ def _from_queue(tx: Connection, user_id: int, now: float) -> Work | None:
     they look at _PASSED of them, and take one that nobody has begun instead. Only where there is
     none are all looked at.
     """
-    query = sa.select(queues).where(queues.c.open, ~queues.c.frozen, queues.c.by == "people")
-    waiting = tx.execute(query.order_by(queues.c.step)).all()
-    begun, empty = tasks.c.filled > 0, tasks.c.filled == 0
-    for stage, limit in ((begun, _PASSED), (empty, None), (begun, None)):
+    waiting = open_queues(tx)
+    for begun, limit in ((True, _PASSED), (False, None), (True, None)):
         found = [
             (-row.filled, -row.priority, row.lot, row.id, queue)
             for queue in waiting
-            for kind in ("rank", "write")
-            if (row := _first_of(tx, queue, kind, user_id, now, stage, limit)) is not None
+            for kind in KINDS
+            if (row := _first_of(tx, queue, kind, user_id, now, begun, limit)) is not None
         ]
         if found:
             *_, task, queue = min(found, key=lambda row: row[:4])
@@ -145,14 +150,16 @@ def _from_queue(tx: Connection, user_id: int, now: float) -> Work | None:
 
 def _first_of(
     tx: Connection, queue: Row[Any], kind: str, user_id: int, now: float,
-    stage: sa.ColumnElement[bool], limit: int | None,
+    begun: bool, limit: int | None,
 ) -> Any:  # fmt: skip
     columns = (tasks.c.id, tasks.c.filled, tasks.c.priority, tasks.c.lot)
+    filled = tasks.c.filled
     room = queue.overlap - tasks.c.filled > live_leases(now)
     query = (
         sa.select(*columns)
         .where(tasks.c.step == queue.step, tasks.c.kind == kind, tasks.c.active)
-        .where(stage, tasks.c.filled < queue.overlap)
+        # nothing beside `= 0`, or the index does not give the order
+        .where(*(filled > 0, filled < queue.overlap) if begun else (filled == 0,))
         .order_by(tasks.c.filled.desc(), tasks.c.priority.desc(), tasks.c.lot)
     )
     if limit is None:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.engine import Connection
 
-from labeling_ui.handout import mine, open_tasks
+from labeling_ui.handout import KINDS, mine, open_queues, open_tasks
 from labeling_ui.schema import assignments, queues, rankings, tasks, users
 from labeling_ui.store import EXTRA, Store
 
@@ -141,10 +142,7 @@ def my_progress(store: Store, user_id: int, now: float | None = None) -> tuple[i
         .having(sa.func.count() >= queues.c.overlap - tasks.c.filled)
         .with_only_columns(tasks.c.id)
     )
-    # a person may have done very much: what they have filled is looked for among the begun tasks,
-    # what they have passed by among their own few
-    filled_by_me = mine(user_id, "ranked", "unrankable").exists()
-    by_me = unfinished.where(tasks.c.filled > 0, filled_by_me)
+    # what this person skipped, or ranked too late, still waits for others
     passed_by_me = unfinished.join(assignments, assignments.c.task_id == tasks.c.id).where(
         assignments.c.user_id == user_id, assignments.c.state.in_(("skipped", "late"))
     )
@@ -159,6 +157,23 @@ def my_progress(store: Store, user_id: int, now: float | None = None) -> tuple[i
             .select_from(assignments)
             .where(assignments.c.user_id == user_id, assignments.c.state.in_(("ranked", "late")))
         ).scalar_one()
-        open_to_me = count(unfinished) - count(by_me) - count(passed_by_me)
+        open_to_me = _waiting(tx, user_id) - count(passed_by_me)
         left = open_to_me - count(taken)
     return int(done), left, open_to_me > 0
+
+
+def _waiting(tx: Connection, user_id: int) -> int:
+    """Unfinished tasks of the queues, less those of which this person has filled a place.
+
+    Queue by queue, so that an index finds them: a person may have done very much, and so may all.
+    """
+    found = 0
+    for queue in open_queues(tx):
+        waiting = (
+            sa.select(sa.func.count())
+            .where(tasks.c.step == queue.step, tasks.c.kind.in_(KINDS), tasks.c.active)
+            .where(tasks.c.filled < queue.overlap)
+        )
+        done = waiting.where(tasks.c.filled > 0, mine(user_id, "ranked", "unrankable").exists())
+        found += tx.execute(waiting).scalar_one() - tx.execute(done).scalar_one()
+    return found

@@ -158,13 +158,7 @@ _LEASE_INDEX = sa.Index("ix_assignments_lease", assignments.c.state, assignments
 _OWN_INDEX = sa.Index(
     "ix_assignments_own", assignments.c.user_id, assignments.c.state, assignments.c.leased
 )
-_REOPENED = assignments.c.reopened.is_not(None)
-_REOPENED_INDEX = sa.Index(
-    "ix_assignments_reopened",
-    assignments.c.user_id,
-    sqlite_where=_REOPENED,
-    postgresql_where=_REOPENED,
-)
+_REOPENED_INDEX = sa.Index("ix_assignments_reopened", assignments.c.user_id, assignments.c.reopened)
 _RECENT_INDEX = sa.Index("ix_rankings_recent", rankings.c.user_id, rankings.c.created)
 _INDEXES = (_QUEUE_INDEX, _LEASE_INDEX, _OWN_INDEX, _REOPENED_INDEX, _RECENT_INDEX)
 

@@ -206,7 +206,7 @@ def users(context: typer.Context) -> None:
 
 @app.command(context_settings=_PASS_ON)
 def labels(context: typer.Context) -> None:
-    """Rankings in and out: RUN import|export|stats|backup|forget.
+    """Labels in and out: RUN import|queue|export|stats|backup|forget (docs/labels.md).
 
     Example:  prefline labels runs/demo export --to rankings.jsonl
     """

@@ -225,3 +225,74 @@ def test_real_unpaired_labels_are_refused(tmp_path):
         pytest.skip(f"needs {file}")
     with pytest.raises(DataError, match="unpaired label"):
         import_rankings(Store(tmp_path / "labels.db"), [str(file)], 0.1)
+
+
+# ---- message trees of Open Assistant -------------------------------------------------------
+
+
+def message(key, parent, text, role="assistant", rank=None, **more):
+    return {
+        "message_id": key,
+        "parent_id": parent,
+        "text": text,
+        "role": role,
+        "rank": rank,
+        **more,
+    }
+
+
+FLAT = [
+    message("b", "root", "good", rank=0.0),
+    message("root", None, "Say something.", "prompter"),
+    message("a", "root", "bad", rank=1.0),
+    message("gone", "root", "deleted", rank=2.0, deleted=True),
+    message("unranked", "root", "late"),
+    message("follow", "b", "And more?", "prompter", rank=0),
+    message("other", "b", "Thanks.", "prompter", rank=1),
+    message("c", "follow", "more", rank=1),
+    message("d", "follow", "less", rank=0),
+    message("e", "other", "welcome"),
+]
+EXPECTED = [
+    (["Say something."], [["good"], ["bad"]]),
+    (["Say something.", "good", "And more?"], [["less"], ["more"]]),
+]
+
+
+def nested(key=None):
+    for row in FLAT:
+        if row["parent_id"] == key:
+            yield {**row, "replies": list(nested(row["message_id"]))}
+
+
+def test_messages_of_a_tree_become_groups_wherever_they_stand(tmp_path):
+    store, report = load(tmp_path, FLAT)
+    assert orders(store) == EXPECTED
+    assert report.notes == {
+        "deleted messages": 1,
+        "replies without a rank": 1,
+        "messages whose replies are not ranked": 1,
+    }
+    (tree,) = nested()
+    (tmp_path / "other").mkdir()
+    other, _ = load(tmp_path / "other", [{"message_tree_id": "t", "prompt": tree}])
+    assert {r.id for r in snapshot(other, 0.15)} == {r.id for r in snapshot(store, 0.15)}
+
+
+def test_a_message_without_its_parent_is_counted(tmp_path):
+    store, report = load(tmp_path, [*FLAT, message("x", "nobody", "lost")], max_bad_fraction=0.5)
+    assert report.tally.reasons == {"its parent message is not in the file": 1}
+    assert orders(store) == EXPECTED
+
+
+def test_real_trees_hold_the_groups_that_were_made_from_them(tmp_path):
+    files = DATA / "oasst" / "en_trees_50.jsonl", DATA / "oasst" / "rank_groups.jsonl"
+    if not all(file.exists() for file in files):
+        pytest.skip(f"needs {files[0]}")
+    found = []
+    for number, file in enumerate(files):
+        store = Store(tmp_path / f"{number}.db")
+        import_rankings(store, [str(file)], 0.0)
+        found.append(orders(store))
+    assert len(found[0]) == 107
+    assert found[0] == found[1]
