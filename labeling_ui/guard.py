@@ -10,6 +10,8 @@ from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import urlsplit
 
+from labeling_ui.database import Unavailable
+
 COOKIE = "prefline_session"
 SESSION_SECONDS = 12 * 3600
 # the longest text that a page takes, in letters of four bytes
@@ -119,14 +121,21 @@ class Guard:
             key.decode("latin-1").lower(): value.decode("latin-1")
             for key, value in scope["headers"]
         }
-        refusal = self._refusal(scope, headers)
+        try:
+            refusal = self._refusal(scope, headers)
+        except Unavailable as error:
+            refusal = 503, error.message, {"retry-after": "5"}
         if refusal is not None:
             status, text, more = refusal
             await _answer(send, status, text, more)
             return
 
+        started = False
+
         async def with_headers(message: MutableMapping[str, Any]) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 there = {key.lower() for key, _ in message["headers"]}
                 message["headers"] = list(message["headers"]) + [
                     (key.encode(), value.encode())
@@ -137,7 +146,12 @@ class Guard:
                 ]
             await send(message)
 
-        await self.app(scope, receive, with_headers)
+        try:
+            await self.app(scope, receive, with_headers)
+        except Unavailable as error:
+            if started:
+                raise
+            await _answer(send, 503, error.message, {"retry-after": "5"})
 
     def _refusal(
         self, scope: Scope, headers: dict[str, str]

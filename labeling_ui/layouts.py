@@ -80,6 +80,9 @@ def _group(row: dict[str, Any]) -> Found:
         if is_object and (item.get("score") is not None or item.get("flags")):
             marks[text] = {"score": item.get("score"), "flags": item.get("flags") or []}
     annotator = row.get("annotator")
+    if isinstance(annotator, str):
+        # no database keeps a NUL, and a lone half of a pair is no text
+        annotator = annotator.replace("\0", "").encode("utf-8", "replace").decode()
     round = row.get("round", 1)
     said = {key: row[key] for key in _SAID if row.get(key)}
     found = _ranked(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from labeling_ui.database import Unavailable
 from labeling_ui.handout import KINDS, mine, open_queues, open_tasks
 from labeling_ui.schema import assignments, queues, rankings, tasks, users
 from labeling_ui.store import EXTRA, Store
@@ -123,7 +125,11 @@ class Teller:
     def _now(self) -> None:
         with self._lock:
             self._waiting = None
-        tell_progress(self._run_dir, self._store)
+        try:
+            tell_progress(self._run_dir, self._store)
+        except (OSError, Unavailable) as error:
+            # the ranking is stored; what is told is told again with the next one
+            print(f"warning: progress could not be written ({error})", file=sys.stderr)  # noqa: T201
 
 
 def my_progress(store: Store, user_id: int, now: float | None = None) -> tuple[int, int, bool]:

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from starlette.testclient import TestClient
 
 from labeling_ui import accounts, app, board, display, guard, server
+from labeling_ui.database import Unavailable
 from labeling_ui.forms import Refused
 from labeling_ui.progress import write_progress
 from labeling_ui.schema import assignments, queues, rankings, tasks, users
@@ -382,3 +383,18 @@ def test_a_port_that_is_taken_is_told_before_anything_starts(run, capsys):
 def test_a_server_on_the_network_also_goes_by_its_public_name():
     assert server.names_of("127.0.0.1", None) == list(server.LOCAL_NAMES)
     assert "rank.example.org" in server.names_of("0.0.0.0", "https://rank.example.org/x")
+
+
+def test_a_database_that_cannot_serve_is_said_in_plain_words(run, client, monkeypatch):
+    _, store, _ = run
+    log_in(client)
+
+    def gone():
+        raise Unavailable("The label store is busy. Try again in a moment.")
+
+    monkeypatch.setattr(type(store), "read", lambda _: gone())
+    monkeypatch.setattr(type(store), "write", lambda _: gone())
+    for answer in (client.get("/"), client.get("/ui/"), client.post("/logout"), log_in(client)):
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        assert "Try again in a moment" in answer.text
+    assert client.get("/healthz").text == "ok\n"
