@@ -160,7 +160,9 @@ _OWN_INDEX = sa.Index(
 )
 _REOPENED_INDEX = sa.Index("ix_assignments_reopened", assignments.c.user_id, assignments.c.reopened)
 _RECENT_INDEX = sa.Index("ix_rankings_recent", rankings.c.user_id, rankings.c.created)
-_INDEXES = (_QUEUE_INDEX, _LEASE_INDEX, _OWN_INDEX, _REOPENED_INDEX, _RECENT_INDEX)
+# an export goes through the prompts in the order of their ids, and must not sort all texts for it
+_PROMPT_INDEX = sa.Index("ix_tasks_prompt", tasks.c.prompt_id, tasks.c.id)
+_INDEXES = (_PROMPT_INDEX, _QUEUE_INDEX, _LEASE_INDEX, _OWN_INDEX, _REOPENED_INDEX, _RECENT_INDEX)
 
 _APPEND_ONLY = {
     "sqlite": (

@@ -40,7 +40,7 @@ def test_who_has_begun_much_is_given_new_prompts_and_then_those_of_others(tmp_pa
     store, (ann, bob) = make(tmp_path, 8)
     mine = [rank_next(store, ann) for _ in range(4)]
     with store.read() as tx:
-        places = dict(tx.execute(sa.select(tasks.c.id, tasks.c.lot)).tuples().all())
+        places = dict(tx.execute(sa.select(tasks.c.id, tasks.c.lot)).all())
     # bob begins one that stands behind all that ann has begun
     with store.write() as tx:
         tx.execute(sa.update(tasks).where(tasks.c.filled == 0).values(lot=tasks.c.lot + 2**30))
