@@ -134,7 +134,8 @@ def _annotators_tab() -> tuple[list[Any], gr.Button, gr.Button]:
         "None of this is a verdict: who differs from the others may be the one who reads. Gold"
         " accuracy counts most. A wide interval says: wait for more."
     )
-    people = table(lead_tables.ANNOTATORS, "Annotators", pinned=1, wrap=False)
+    widths = [f"{width}px" for width in lead_tables.ANNOTATOR_WIDTHS]
+    people = table(lead_tables.ANNOTATORS, "Annotators", widths=widths, pinned=1, wrap=False)
     with gr.Row(elem_classes="lead-act"):
         person = choice("Annotator")
         pause = gr.Button("Pause", size="sm")

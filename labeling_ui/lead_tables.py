@@ -25,6 +25,9 @@ ANNOTATORS = [
     "Annotator", "Kind", "State", "Rankings", "Skipped", "All bad", "Gold accuracy",
     "Agreement with others", "Self-consistency", "Ties", "Median s", "First place wins", "Last label",
 ]  # fmt: skip
+# pixels: on a telephone the columns keep them and the table moves under its first one
+ANNOTATOR_WIDTHS = [150, 90, 80, 90, 100, 80, 185, 200, 190, 70, 90, 240, 150]
+SAID_WIDTHS = [130, 150, 100, 100, 150, 240, 100, 240, 80, 150]
 PROMPTS = ["Id", "Prompt", "Kind", "Rankings", "Disagreement", "Flags", "Comments"]
 SAID = [
     "Who", "What", "Ranks", "Scores", "Flags", "Comment", "Sure?", "Ideal answer", "Active s", "When",

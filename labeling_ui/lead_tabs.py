@@ -50,7 +50,7 @@ def table(
     headers: list[str],
     label: str,
     *,
-    widths: list[str | int] | None = None,
+    widths: Sequence[str] | None = None,
     pinned: int | None = None,
     wrap: bool = True,
     max_chars: int | None = None,
@@ -65,7 +65,7 @@ def table(
         interactive=False,
         wrap=wrap,
         pinned_columns=pinned,
-        column_widths=widths,
+        column_widths=list(widths) if widths else None,
         max_chars=max_chars,
         buttons=[],
         elem_classes="lead-table",
@@ -123,7 +123,8 @@ def _prompt_area(handlers: Handlers) -> Load:
     with gr.Column(visible=False, elem_id="one-prompt") as area:
         task = gr.Textbox(label="Prompt", interactive=False, visible="hidden")
         shown = gr.Markdown(elem_classes="lead-text", latex_delimiters=[])
-        said = table(lead_tables.SAID, "What annotators said", pinned=1)
+        widths = [f"{width}px" for width in lead_tables.SAID_WIDTHS]
+        said = table(lead_tables.SAID, "What annotators said", widths=widths, pinned=1)
         known = gr.Markdown(
             "### Known answer\nA rank for each response in the order above; 1 is best. Select a row"
             " of the table to take over its ranks. Choose finished prompts: from others, somebody"

@@ -477,3 +477,23 @@ def test_a_dot_stands_where_its_value_is_and_a_bar_is_as_high_as_its_count():
     bars = lead_charts.pace_chart(Pace(3600, (0.0, 3600.0), (4, 2)))
     assert 'height="118.0"' in bars
     assert 'height="59.0"' in bars
+
+
+def test_every_row_of_a_table_fits_its_headings(book):
+    two_who_differ(book)
+    book.lease("ann", "a", NOW, NOW + 60)
+    book.user("lea", role="lead")
+    found = Dashboard(book.store).overview(NOW)
+    one = prompt(book.store, book.tasks["a"])
+    for headings, rows in (
+        (lead_tables.HINTS, lead_tables.hints([attention.Hint("all", "x")])),
+        (lead_tables.LEFT_OUT, lead_tables.left_out(found)),
+        (lead_tables.QUEUES, lead_tables.queues(found.counts.queues)),
+        (lead_tables.ANNOTATORS, lead_tables.annotators(found)),
+        (lead_tables.PROMPTS, lead_tables.prompts(prompts(book.store, "all"))),
+        (lead_tables.SAID, lead_tables.said(one)),
+        (lead_tables.ANNOTATORS, [lead_tables.ANNOTATOR_WIDTHS]),
+        (lead_tables.SAID, [lead_tables.SAID_WIDTHS]),
+    ):
+        assert rows
+        assert {len(row) for row in rows} == {len(headings)}
