@@ -43,7 +43,7 @@ const buildCard = (i) => {
     el('span', {class: 'letter', 'data-i': i, title: 'Drag to a rank'}, LETTERS[i]), badge, marks,
     el('span', {class: 'grow'}), more, toggle);
   feet[i].replaceChildren(foot);
-  for (const text of cards[i].querySelectorAll('.text')) {
+  for (const text of cards[i].querySelectorAll('.block.text')) {
     text.setAttribute('tabindex', '0');
     text.setAttribute('role', 'region');
     text.setAttribute('aria-label', `Text of response ${LETTERS[i]}`);
