@@ -19,7 +19,9 @@ from labeling_ui.handlers import View
 
 # tells the board's code how requests went: without it a lost session looks like a dead button
 HEAD = (board.ASSETS / "head.html").read_text(encoding="utf-8")
-CSS = "".join((board.ASSETS / name).read_text(encoding="utf-8") for name in ("page.css", "board.css"))
+CSS = "".join(
+    (board.ASSETS / name).read_text(encoding="utf-8") for name in ("page.css", "board.css")
+)
 _LOG_OUT = '<form method="post" action="/logout"><button type="submit">Log out</button></form>'
 _Pair = tuple[gr.Markdown, gr.Markdown]
 _NOTHING = Shown("", "")

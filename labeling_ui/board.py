@@ -29,7 +29,9 @@ _WORDS = {
 }
 
 # what is the server's to say comes back through here: the board itself is the browser's to write
-_CHANNEL = "watch('value', () => document.dispatchEvent(new CustomEvent(NAME, {detail: props.value})));"
+_CHANNEL = (
+    "watch('value', () => document.dispatchEvent(new CustomEvent(NAME, {detail: props.value})));"
+)
 
 _WHEN_READY = """
 const begin = () => {
