@@ -261,10 +261,18 @@ class Page:
         self.driver.execute_cdp_cmd("Input.dispatchTouchEvent", event)
 
     def requests(self):
-        """URLs asked for since the last call."""
-        urls = set()
+        """URLs asked for since the last call, in order."""
+        urls = []
         for entry in self.driver.get_log("performance"):
             message = json.loads(entry["message"])["message"]
             if message["method"] == "Network.requestWillBeSent":
-                urls.add(message["params"]["request"]["url"])
+                urls.append(message["params"]["request"]["url"])
         return urls
+
+    def complaints(self):
+        """What the browser logged since the last call, without what Gradio's shell lacks."""
+        return [
+            entry["message"]
+            for entry in self.driver.get_log("browser")
+            if "manifest" not in entry["message"] and "favicon" not in entry["message"]
+        ]
