@@ -10,7 +10,8 @@ where the text says; that tells its author who is ranking, and when.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from pipeline.records import Message
 
@@ -30,6 +31,7 @@ _MARKS = (
     # character references could spell a mark out
     (re.compile(r"&(?=[A-Za-z#])"), "&amp;"),
 )
+MAX_TURNS = 8
 _ROLES = {"user": "User", "assistant": "Assistant", "system": "System"}
 
 
@@ -55,11 +57,32 @@ def rendered(text: str) -> str:
     return shown
 
 
-def conversation(messages: Sequence[Message], render: bool) -> str:
-    """The turns of a prompt; a single user turn needs no name above it."""
-    show = rendered if render else exact
-    if len(messages) == 1:
-        return show(messages[0]["content"])
+@dataclass(frozen=True)
+class Shown:
+    """A text as Markdown, in both ways; `role` is whose turn it is."""
+
+    exact: str
+    rendered: str
+    role: str = ""
+
+
+def shown(text: str, role: str = "") -> Shown:
+    return Shown(exact(text), rendered(text), role)
+
+
+def turns(messages: Sequence[Message], most: int = MAX_TURNS) -> list[Shown]:
+    """The turns of a prompt, at most `most`: the first ones share a place where there are more."""
+    spare = len(messages) - most
+    first = messages[: spare + 1] if spare > 0 else []
+    rest = messages[len(first) :]
+    together = [
+        Shown(_together(first, exact), _together(first, rendered), f"{len(first)} earlier turns")
+    ]
+    each = [shown(message["content"], _ROLES[message["role"]]) for message in rest]
+    return (together if first else []) + each
+
+
+def _together(messages: Sequence[Message], show: Callable[[str], str]) -> str:
     return "\n\n".join(
         f"**{_ROLES[message['role']]}**\n\n{show(message['content'])}" for message in messages
     )

@@ -54,8 +54,8 @@ def labels(store: Store, step: str) -> dict[str, int]:
     that labels which came afterwards are noticed.
     """
     counted = (rankings.c.status == "ranked") & ~rankings.c.late & (tasks.c.kind == "rank")
-    by_person = users.c.kind == "person"
-    here = by_person & tasks.c.active & (tasks.c.step == step)
+    by_person = (users.c.kind == "person") & tasks.c.active
+    here = by_person & (tasks.c.step == step)
     elsewhere = rankings.c.by_hand | (by_person & (tasks.c.step == EXTRA))
     query = (
         sa.select(

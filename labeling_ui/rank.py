@@ -172,8 +172,8 @@ def _collect(store: Store, settings: Settings, known: Done, out: Out) -> list[Ra
     by_people = settings.rank.by == "people"
 
     def wanted(row: Any) -> bool:
-        by_person = row.kind == "person"
-        by_person_here = by_people and by_person and row.step == out.step and row.active
+        by_person = row.kind == "person" and row.active
+        by_person_here = by_person and by_people and row.step == out.step
         from_elsewhere = bool(row.by_hand) or (by_person and row.step == EXTRA)
         is_known = (row.task_id, row.user_id) in known
         return by_person_here or from_elsewhere or is_known

@@ -13,7 +13,7 @@ from labeling_ui import accounts, app, board, display, guard, server
 from labeling_ui.database import Unavailable
 from labeling_ui.forms import Refused
 from labeling_ui.progress import write_progress
-from labeling_ui.schema import assignments, queues, rankings, tasks, users
+from labeling_ui.schema import assignments, guidelines, queues, rankings, tasks, users
 from labeling_ui.store import Store, insert_new, task_row
 
 LOCAL = "http://127.0.0.1:7860"
@@ -223,88 +223,203 @@ def handlers(run):
     return app.Handlers(store, logins.user_id, lambda: write_progress(folder, store, "rank"))
 
 
+def filled(view, ranks, **more):
+    """What the browser sends when the board was filled in."""
+    return {**view.board, **view.board["form"], "ranks": ranks, "do": "submit", **more}
+
+
 def test_ranking_all_prompts_with_the_handlers_of_the_page(run, handlers):
     folder, _, _ = run
-    status, value, prompt, *texts = handlers.show("alice", render=False)
-    assert "**0** done, **3** left" in status
+    view = handlers.show("alice")
+    assert (view.board["done"], view.board["left"]) == (0, 3)
     for done in (1, 2, 3):
-        assert value["labels"] == ["A", "B", "C"]
-        assert value["ranks"] == [None, None, None]
-        status, value, prompt, *texts = handlers.submit(
-            "alice", {**value, "ranks": [1, 2, 2]}, False
-        )
-        assert status.startswith("Saved. ")
+        assert view.board["kind"] == "rank"
+        assert view.board["form"]["ranks"] == (None, None, None)
+        assert len(view.responses) == 3
+        view = handlers.act("alice", filled(view, [1, 2, 2]))
+        assert (view.board["said"], view.board["done"]) == ("Saved.", done)
         assert json.loads((folder / "rank-progress.json").read_text()) == {
             "rank": {"have": done, "need": 3, "labels": {"rankings": done, "rows": done}}
         }
-    assert "All done" in status
-    assert value["labels"] == []
-    assert (prompt, set(texts)) == ("", {""})
+    assert (view.board["kind"], view.board["busy"]) == ("none", False)
+    assert (view.turns, view.responses) == ([], [])
 
 
 def test_a_double_submission_is_saved_once_and_does_not_touch_the_next_prompt(handlers):
-    _, value, *_ = handlers.show("alice", False)
-    order = {**value, "ranks": [1, 2, 3]}
-    _, following, *_ = handlers.submit("alice", order, False)
-    status, still, *_ = handlers.submit("alice", order, False)
-    assert status.startswith("Already saved.")
-    assert still["token"] == following["token"]
-    assert "**1** done" in status
+    first = filled(handlers.show("alice"), [1, 2, 3], submission="press 1")
+    following = handlers.act("alice", first)
+    again = handlers.act("alice", first)
+    assert again.board["said"] == "Already saved."
+    assert again.board["token"] == following.board["token"]
+    assert again.board["done"] == 1
+
+
+def test_all_that_was_said_is_stored_with_the_ranking(run, handlers):
+    view = handlers.show("alice")
+    marks = [
+        {"score": 7, "flags": ["unsafe"]},
+        {"score": None, "flags": []},
+        {"score": 1, "flags": []},
+    ]
+    said = {"marks": marks, "comment": "${alert(1)} <b>", "confidence": 2, "ideal": "better"}
+    handlers.act("alice", filled(view, [3, 1, 1], submission="x", active=0.25, **said))
+    with run[1].read() as tx:
+        found = tx.execute(sa.select(rankings)).one()
+    assert (found.comment, found.confidence, found.ideal) == ("${alert(1)} <b>", 2, "better")
+    assert found.submission == "x"
+    # never more than has passed
+    assert 0 <= found.active_seconds <= 0.25
+    texts = [shown.exact for shown in view.responses]
+    with run[1].read() as tx:
+        row = tx.execute(sa.select(tasks).where(tasks.c.id == found.task_id)).one()
+    of_text = dict(
+        zip(map(display.exact, json.loads(row.responses)), json.loads(found.marks), strict=True)
+    )
+    assert [of_text[text]["score"] for text in texts] == [7, None, 1]
 
 
 def test_a_draft_comes_back_with_the_page(handlers):
-    _, value, *_ = handlers.show("alice", False)
-    handlers.draft("alice", {**value, "ranks": [2, None, None], "revision": 1})
-    _, again, *_ = handlers.show("alice", True)
-    assert (again["token"], again["ranks"], again["selected"]) == (
-        value["token"],
-        [2, None, None],
-        1,
+    view = handlers.show("alice")
+    token = view.board["token"]
+    said = {"marks": [{"score": 4}, {}, {}], "comment": "so far", "revision": 1}
+    answer = handlers.draft("alice", filled(view, [2, None, None], **said))
+    assert (answer["outcome"], answer["revision"], answer["token"]) == ("saved", 1, token)
+    again = handlers.show("alice").board
+    assert (again["token"], again["revision"]) == (token, 1)
+    assert again["form"]["ranks"] == (2, None, None)
+    assert again["form"]["comment"] == "so far"
+    assert again["form"]["marks"][0]["score"] == 4
+
+
+def test_a_draft_tells_what_became_of_it(handlers):
+    view = handlers.show("alice")
+    assert handlers.draft("alice", filled(view, [1, 1, 1], revision=5))["outcome"] == "saved"
+    behind = handlers.draft("alice", filled(view, [2, 2, 2], revision=4))
+    assert (behind["outcome"], behind["newest"]) == ("behind", 5)
+    refused = handlers.draft("alice", filled(view, [2, 2, 99], revision=6))
+    assert (refused["outcome"], "from 1 to 3" in refused["said"]) == ("refused", True)
+    handlers.act("alice", filled(view, [1, 2, 3]))
+    assert handlers.draft("alice", filled(view, [2, 2, 2], revision=7))["outcome"] == "gone"
+    stolen = handlers.draft("bob", filled(view, [2, 2, 2], revision=8))
+    assert (stolen["outcome"], "not yours" in stolen["said"]) == ("refused", True)
+
+
+def test_one_of_the_last_answers_is_changed_or_left(run, handlers):
+    first = handlers.show("alice")
+    second = handlers.act("alice", filled(first, [1, 2, 3], comment="first"))
+    [recent] = handlers.recent("alice")
+    assert recent.token == first.board["token"]
+    # what was begun on the second is kept when the first is taken up
+    reopen = filled(second, [3, None, None], do="reopen", target=recent.token, revision=1)
+    editing = handlers.act("alice", reopen)
+    assert (editing.board["editing"], editing.board["token"]) == (True, recent.token)
+    assert editing.board["form"]["ranks"] == (1, 2, 3)
+    assert editing.board["form"]["comment"] == "first"
+    left = handlers.act("alice", filled(editing, [1, 1, 1], do="leave"))
+    assert (left.board["said"], left.board["editing"]) == ("Left as it was.", False)
+    assert left.board["form"]["ranks"] == (3, None, None)
+    editing = handlers.act("alice", filled(left, [3, None, None], do="reopen", target=recent.token))
+    done = handlers.act("alice", filled(editing, [3, 2, 1]))
+    assert (done.board["said"], done.board["token"]) == ("Changed.", second.board["token"])
+    with run[1].read() as tx:
+        stands = tx.execute(sa.select(rankings).where(rankings.c.superseded_by.is_(None))).all()
+    assert [row.revision for row in stands] == [2]
+    refused = handlers.act("bob", {"do": "reopen", "token": "", "target": recent.token})
+    assert "not yours" in refused.board["said"]
+
+
+def test_a_prompt_without_responses_waits_for_an_answer(run, handlers):
+    row = task_row(
+        [{"role": "user", "content": "write!"}],
+        [],
+        round=1,
+        origin="t",
+        step="rank",
+        kind="write",
+        priority=9,
     )
+    with run[1].write() as tx:
+        insert_new(tx, tasks, [row])
+    try:
+        view = handlers.show("alice")
+        assert (view.board["kind"], view.board["form"]["ranks"]) == ("write", ())
+        nothing = handlers.act("alice", filled(view, [], ideal=" "))
+        assert (nothing.board["refused"], nothing.board["said"]) == (True, "Write an answer first.")
+        assert handlers.act("alice", filled(view, [], ideal="done")).board["said"] == "Saved."
+    finally:
+        with run[1].write() as tx:
+            for table in (rankings, assignments):
+                tx.execute(sa.delete(table))
+            tx.execute(sa.delete(tasks).where(tasks.c.kind == "write"))
+
+
+def test_guidelines_are_sent_once_and_their_changes_are_told(run, handlers):
+    store = run[1]
+    view = handlers.show("alice", {"guidelines": 0})
+    assert (view.board["guidelines"]["state"], view.guidelines) == ("none", None)
+    try:
+        with store.write() as tx:
+            insert_new(tx, guidelines, [{"version": 1, "text": HOSTILE, "created": 1.0}])
+        view = handlers.show("alice")
+        assert view.board["guidelines"] == {"version": 1, "state": "first"}
+        assert view.guidelines == display.rendered(HOSTILE)
+        view = handlers.act("alice", filled(view, [1, 2, 3], guidelines=1))
+        assert (view.board["guidelines"]["state"], view.guidelines) == ("known", None)
+        with store.write() as tx:
+            insert_new(tx, guidelines, [{"version": 2, "text": "two", "created": 2.0}])
+        view = handlers.act("alice", {"do": "look", "guidelines": 1})
+        assert view.board["guidelines"] == {"version": 2, "state": "changed"}
+        assert view.guidelines == "two"
+    finally:
+        with store.write() as tx:
+            tx.execute(sa.delete(guidelines))
 
 
 def test_a_person_without_work_is_told_that_others_are_still_busy(handlers):
-    for _ in range(3):
-        _, value, *_ = handlers.show("alice", False)
-        if "**2** done" not in handlers.show("alice", False)[0]:
-            handlers.submit("alice", {**value, "ranks": [1, 1, 1]}, False)
-    assert "Others are working" in handlers.show("bob", False)[0]
+    view = handlers.show("alice")
+    for _ in range(2):
+        view = handlers.act("alice", filled(view, [1, 1, 1]))
+    waiting = handlers.show("bob").board
+    assert (waiting["kind"], waiting["busy"]) == ("none", True)
 
 
 def test_a_skip_moves_on_and_needs_a_reason(handlers):
-    _, value, *_ = handlers.show("alice", False)
-    status, same, *_ = handlers.skip("alice", value, None, False)
-    assert "Choose a reason" in status
-    assert same["token"] == value["token"]
-    _, other, *_ = handlers.skip("alice", value, "broken", False)
-    assert other["token"] != value["token"]
+    view = handlers.show("alice")
+    same = handlers.act("alice", filled(view, [None] * 3, do="skip")).board
+    assert (same["refused"], same["token"]) == (True, view.board["token"])
+    assert "Choose a reason" in same["said"]
+    other = handlers.act("alice", filled(view, [None] * 3, do="skip", reason="broken")).board
+    assert other["token"] != view.board["token"]
 
 
 @pytest.mark.parametrize(
-    "value", [None, "x", [], {}, {"token": 5, "ranks": "123", "revision": "x"}]
-)
+    "value",
+    [
+        None, "x", [], {}, {"token": 5, "ranks": "123", "revision": "x"}, {"do": "submit"},
+        {"do": ["submit"], "token": {}}, {"do": "skip", "reason": ["broken"]},
+        {"do": "reopen", "target": 3}, {"do": "leave", "token": None}, {"do": "look", "ask": {}},
+    ],
+)  # fmt: skip
 def test_whatever_a_browser_sends_nothing_is_saved(run, handlers, value):
-    handlers.show("alice", False)
-    for act in (
-        lambda: handlers.submit("alice", value, False),
-        lambda: handlers.draft("alice", value),
-    ):
-        with contextlib.suppress(Refused):
-            act()
+    handlers.show("alice")
+    with contextlib.suppress(Refused):
+        handlers.draft("alice", value)
+    assert handlers.act("alice", value).board["kind"] == "rank"
     with run[1].read() as tx:
         assert tx.execute(sa.select(rankings)).all() == []
 
 
 def test_a_disabled_person_is_refused_by_every_handler(run, handlers):
     _, store, _ = run
-    _, value, *_ = handlers.show("bob", False)
+    value = filled(handlers.show("bob"), [1, 2, 3])
     change = sa.update(users).where(users.c.name == "bob")
     with store.write() as tx:
         tx.execute(change.values(active=False))
     for act in (
-        lambda: handlers.show("bob", False),
+        lambda: handlers.show("bob"),
         lambda: handlers.draft("bob", value),
-        lambda: handlers.submit("bob", {**value, "ranks": [1, 2, 3]}, False),
+        lambda: handlers.act("bob", value),
+        lambda: handlers.recent("bob"),
     ):
         with pytest.raises(Refused, match="not active"):
             act()
@@ -313,11 +428,37 @@ def test_a_disabled_person_is_refused_by_every_handler(run, handlers):
 
 
 def test_the_board_never_holds_model_text(handlers):
-    _, value, *_ = handlers.show("alice", False)
+    value = handlers.show("alice").board
     assert "script" not in json.dumps(value)
-    assert set(value) == {"token", "labels", "ranks", "revision", "selected"}
+    assert value["turns"] == ["User"]
     assert re.fullmatch(r"[\w-]+", value["token"])
-    assert board.board_value(None)["labels"] == []
+    assert board.board_value(None, [])["kind"] == "none"
+
+
+def test_no_template_of_the_page_shows_a_value(client):
+    log_in(client)
+    parts = client.get("/ui/config").json()["components"]
+    templates = {part["props"]["html_template"] for part in parts if part["type"] == "html"}
+    # the one that shows its value has a constant one
+    assert templates == {"", '<div class="room"></div>', "${value}"}
+    shown = [p["props"] for p in parts if p["props"].get("html_template") == "${value}"]
+    assert [props["value"] for props in shown] == [app._LOG_OUT]
+
+
+# ---- conversations -------------------------------------------------------------------------
+
+
+def test_a_long_conversation_keeps_its_last_turns_and_puts_the_first_together():
+    messages = [
+        {"role": "user" if i % 2 == 0 else "assistant", "content": f"turn {i}"} for i in range(7)
+    ]
+    turns = display.turns(messages, most=7)
+    assert [turn.role for turn in turns] == ["User", "Assistant"] * 3 + ["User"]
+    assert turns[2].exact == display.exact("turn 2")
+    turns = display.turns(messages, most=3)
+    assert [turn.role for turn in turns] == ["5 earlier turns", "Assistant", "User"]
+    assert all(f"turn {i}" in turns[0].exact for i in range(5))
+    assert "turn 5" not in turns[0].exact
 
 
 # ---- hostile text --------------------------------------------------------------------------
