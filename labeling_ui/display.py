@@ -76,13 +76,14 @@ def turns(messages: Sequence[Message], most: int = MAX_TURNS) -> list[Shown]:
     first = messages[: spare + 1] if spare > 0 else []
     rest = messages[len(first) :]
     together = [
-        Shown(_together(first, exact), _together(first, rendered), f"{len(first)} earlier turns")
+        Shown(together(first, exact), together(first, rendered), f"{len(first)} earlier turns")
     ]
     each = [shown(message["content"], _ROLES[message["role"]]) for message in rest]
     return (together if first else []) + each
 
 
-def _together(messages: Sequence[Message], show: Callable[[str], str]) -> str:
+def together(messages: Sequence[Message], show: Callable[[str], str]) -> str:
+    """Several turns as one text; `show` is `exact` or `rendered`."""
     return "\n\n".join(
         f"**{_ROLES[message['role']]}**\n\n{show(message['content'])}" for message in messages
     )

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from labeling_ui import lead_tables
-from labeling_ui.display import conversation, exact, rendered
+from labeling_ui.display import exact, rendered, together
 from labeling_ui.forms import Refused
 from labeling_ui.inspection import VIEWS, Prompt
 from labeling_ui.lead import QUEUE_FIELDS, Handlers
@@ -187,7 +187,7 @@ def _prompt_area(handlers: Handlers) -> Load:
 
 def _text_of(found: Prompt) -> str:
     """Prompt and responses, every character as it is."""
-    parts = [conversation(found.messages, render=False)]
+    parts = [together(found.messages, exact)]
     if found.warnings:
         parts += ["**Warnings of the import**", exact(found.warnings)]
     for i, response in enumerate(found.responses, 1):
