@@ -1,5 +1,7 @@
 # make demo   train a small model from scratch, align it, show the report (about ten minutes)
 # make test   the tests (a few minutes)       make slow   the long ones too
+# make test-browser   the ranking app in headless Chromium; needs Debian's packages chromium and
+#                     chromium-driver:  apt-get install chromium chromium-driver
 # make lint   ruff and mypy                    make bench  against the peers, writes docs/benchmarks.md
 # make mutants  break the arithmetic of PPO and of the reward losses bit by bit, writes docs/mutants.md
 #
@@ -12,7 +14,7 @@ BIN := .venv/bin
 # two tests at a time, one thread each: faster on two cores than the other way round
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test slow bench mutants lint clean
+.PHONY: demo test slow test-browser bench mutants lint clean
 
 demo: $(STAMP)
 	$(BIN)/prefline run configs/demo.yaml
@@ -22,6 +24,12 @@ test: $(STAMP)
 
 slow: $(STAMP)
 	$(PYTEST) -m "not browser"
+
+test-browser: $(STAMP)
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+	  { echo "error: the browser tests need Debian's packages:" \
+	    "apt-get install chromium chromium-driver" >&2; exit 1; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/browser
 
 bench: $(STAMP)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.benchmarks --page docs/benchmarks.md

@@ -75,11 +75,11 @@ def turns(messages: Sequence[Message], most: int = MAX_TURNS) -> list[Shown]:
     spare = len(messages) - most
     first = messages[: spare + 1] if spare > 0 else []
     rest = messages[len(first) :]
-    together = [
+    begin = [
         Shown(together(first, exact), together(first, rendered), f"{len(first)} earlier turns")
     ]
     each = [shown(message["content"], _ROLES[message["role"]]) for message in rest]
-    return (together if first else []) + each
+    return (begin if first else []) + each
 
 
 def together(messages: Sequence[Message], show: Callable[[str], str]) -> str:
