@@ -74,13 +74,16 @@ def base(tmp_path_factory):
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     process = subprocess.Popen(command, cwd=root)
     url = f"http://127.0.0.1:{port}"
-    for _ in range(240):
+    for _ in range(600):
         try:
             urllib.request.urlopen(url + "/healthz")
             break
         except OSError:
             assert process.poll() is None, "the server ended"
             time.sleep(0.5)
+    else:
+        process.kill()
+        raise AssertionError("the server did not start in five minutes")
     yield url, store
     process.terminate()
     process.wait()
@@ -104,7 +107,7 @@ def page(base):
 
 
 def until(driver, condition):
-    return WebDriverWait(driver, 60).until(lambda _: condition())
+    return WebDriverWait(driver, 120).until(lambda _: condition())
 
 
 def open_tab(driver, name):
