@@ -43,4 +43,11 @@ const onKey = (event) => {
   } else if (letter >= 0 && letter < count()) select(letter);
   else return;
   event.preventDefault();
+  // who ranks with keys has left the button that was pressed before: Enter must not press it again
+  if (control && control === document.activeElement && /^[0-9a-ix]$/.test(key) && !control.matches('.chip')) control.blur();
+};
+// the same after a click: a button that was clicked does not keep the keys
+const afterClick = (event) => {
+  const pressed = event.target.closest('button, summary');
+  if (pressed && event.detail > 0 && pressed === document.activeElement) pressed.blur();
 };

@@ -118,3 +118,4 @@ document.addEventListener('pointermove', drag, {signal});
 document.addEventListener('pointerup', drop, {signal});
 document.addEventListener('pointercancel', release, {signal});
 document.addEventListener('keydown', onKey, {signal});
+document.addEventListener('click', afterClick, {signal});

@@ -1,8 +1,8 @@
 """A ranking server, a browser, and what a person does with them."""
 
-import itertools
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -25,7 +25,6 @@ from labeling_ui.store import Store, insert_new, task_row
 
 ROOT = Path(__file__).parents[2]
 PASSWORD = "correct horse"
-_NUMBER = itertools.count()
 
 
 def program(name):
@@ -69,7 +68,7 @@ class Site:
 
     def person(self):
         """A new person's name."""
-        name = f"person{next(_NUMBER)}"
+        name = f"person-{secrets.token_hex(4)}"
         full, accounts._SCRYPT = accounts._SCRYPT, (2**4, 8, 1)
         try:
             accounts.add_user(self.store, name, PASSWORD)

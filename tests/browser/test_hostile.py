@@ -64,22 +64,8 @@ HOSTILE = [
     "\ud83d\ude00 \u0430dmin.com e\u0301" + "\u0301" * 40,
     "__proto__ constructor toString hasOwnProperty",
 ]
-ACTING = [
-    "img",
-    "script",
-    "iframe",
-    "form",
-    "style",
-    "svg",
-    "math",
-    "video",
-    "audio",
-    "object",
-    "embed",
-    "link",
-    "meta",
-    "base",
-]
+ACTING = ["img", "script", "iframe", "form", "style", "svg", "math", "video", "audio", "object"]
+ACTING += ["embed", "link", "meta", "base"]
 
 
 def check_nothing_happened(page, site):
