@@ -132,7 +132,8 @@ def _agreement_tab() -> list[Any]:
 def _annotators_tab() -> tuple[list[Any], gr.Button, gr.Button]:
     gr.Markdown(
         "None of this is a verdict: who differs from the others may be the one who reads. Gold"
-        " accuracy counts most. A wide interval says: wait for more."
+        " accuracy counts most. Behind a share stand its 95 % interval and the number of prompts; a"
+        " wide interval says: wait for more."
     )
     widths = [f"{width}px" for width in lead_tables.ANNOTATOR_WIDTHS]
     people = table(lead_tables.ANNOTATORS, "Annotators", widths=widths, pinned=1, wrap=False)

@@ -81,11 +81,11 @@ def annotators(found: Overview) -> Rows:
             row += [NOTHING] * 6
         else:
             row += [str(own.rankings), f"{own.skips} ({own.skip_rate:.0%})", str(person.all_bad)]
-            row += [_estimate(own.gold_accuracy, "items"), _estimate(own.agreement, "prompts")]
-            row += [_estimate(own.self_consistency, "prompts"), _share(own.tie_rate)]
+            row += [_estimate(own.gold_accuracy), _estimate(own.agreement)]
+            row += [_estimate(own.self_consistency), _share(own.tie_rate)]
             row.append(NOTHING if own.median_seconds is None else f"{own.median_seconds:.0f}")
             chance = own.first_place_chance
-            wins = _estimate(own.first_place_wins, "prompts")
+            wins = _estimate(own.first_place_wins)
             row.append(wins if chance is None else f"{wins}; chance {chance:.0%}")
         rows.append([*row, when(person.last_label)])
     return rows
@@ -153,9 +153,10 @@ def _share(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.0%}"
 
 
-def _estimate(found: Estimate | None, unit: str) -> str:
+def _estimate(found: Estimate | None) -> str:
     if found is None:
         return NOTHING
+    n = f"n {found.prompts}"
     if found.low == found.high:
-        return f"{found.value:.0%}, {found.prompts} {unit}"
-    return f"{found.value:.0%} ({found.low:.0%}–{found.high:.0%}), {found.prompts} {unit}"
+        return f"{found.value:.0%}, {n}"
+    return f"{found.value:.0%} ({100 * found.low:.0f}–{found.high:.0%}), {n}"
