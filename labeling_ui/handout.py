@@ -172,10 +172,13 @@ def _first_of(
 
 
 def _gold(tx: Connection, user_id: int) -> str | None:
+    """A known answer that this person has not seen, nor the prompt that it was made from."""
+    seen = sa.select(assignments.c.task_id).where(assignments.c.user_id == user_id)
     query = (
         sa.select(tasks.c.id)
         .where(tasks.c.step.is_(None), tasks.c.kind == "gold", tasks.c.active)
-        .where(~mine(user_id).exists())
+        .where(tasks.c.id.not_in(seen))
+        .where(tasks.c.repeat_of.is_(None) | tasks.c.repeat_of.not_in(seen))
         .order_by(sa.func.random())
         .limit(1)
     )

@@ -231,6 +231,17 @@ def test_known_answers_come_between_once_each_and_never_reach_an_export(new_stor
     assert my_progress(store, ann, NOW) == (6, 0, False)
 
 
+def test_a_known_answer_made_from_a_prompt_is_not_shown_to_those_who_ranked_it(new_store):
+    store, (ann, bob) = make(new_store, prompts=4, overlap=2, gold_rate=1.0)
+    first = rank_next(store, ann, NOW)
+    with store.write() as tx:
+        row = dict(tx.execute(sa.select(tasks).where(tasks.c.id == first.task_id)).mappings().one())
+        copy = {**row, "id": "copy", "kind": "gold", "step": None, "gold": "[1,2,3]", "filled": 0}
+        tx.execute(sa.insert(tasks).values({**copy, "repeat_of": first.task_id}))
+    assert "copy" not in {rank_next(store, ann, NOW + i).task_id for i in range(1, 4)}
+    assert rank_next(store, bob, NOW).task_id == "copy"
+
+
 def test_without_a_rate_no_known_answer_is_handed_out(new_store):
     store, (ann, _) = make(new_store, prompts=3)
     known = gold(store)
