@@ -1,5 +1,6 @@
 # make demo   train a small model from scratch, align it, show the report (about ten minutes)
 # make test   the tests (a few minutes)       make slow   the long ones too
+# make test-browser   the ranking page in Chromium (Debian: apt install chromium chromium-driver)
 # make lint   ruff and mypy                    make bench  against the peers, writes docs/benchmarks.md
 # make mutants  break the arithmetic of PPO and of the reward losses bit by bit, writes docs/mutants.md
 #
@@ -12,13 +13,16 @@ BIN := .venv/bin
 # two tests at a time, one thread each: faster on two cores than the other way round
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test slow bench mutants lint clean
+.PHONY: demo test test-browser slow bench mutants lint clean
 
 demo: $(STAMP)
 	$(BIN)/prefline run configs/demo.yaml
 
 test: $(STAMP)
 	$(PYTEST)
+
+test-browser: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/browser
 
 slow: $(STAMP)
 	$(PYTEST) -m "not browser"

@@ -89,6 +89,14 @@ const choice = (name, label, options, chosen, choose) => {
   });
   const node = el('fieldset', {class: 'choice'}, el('legend', {}, label),
     el('span', {class: 'options'}, inputs.map(([, labelled]) => labelled)), take);
+  // the number itself, for who has come here with keys
+  node.addEventListener('keydown', (event) => {
+    const found = inputs.find(([input]) => input.value === event.key);
+    if (!found || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault();
+    found[0].focus();
+    choose(found[0].value);
+  });
   node.show = (value) => {
     for (const [input] of inputs) input.checked = input.value === String(value);
     take.hidden = value === null;
