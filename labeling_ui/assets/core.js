@@ -9,7 +9,6 @@ let task = null;       // as the server gave it
 let form = null;       // what the person says: ranks, marks, all_bad, comment, confidence, ideal
 let selected = null;   // the response that a digit places
 let past = [];         // forms before, for undo
-let adopted = 0;       // when this task came
 let clicked = false;   // the last input came from mouse or finger
 
 // found once, before any text of others is on the page: it may hold elements of the same name

@@ -182,8 +182,6 @@ class Page:
     def ready(self):
         shown = "return !!document.querySelector('.board:not([hidden]), .nothing:not([hidden])')"
         self.until(lambda: self.run(shown))
-        # the board refuses a submission in the first moment, so that no double click goes on
-        time.sleep(0.45)
 
     def until(self, condition, seconds=60):
         # the page may be drawn again, or come anew, between a look and the next
