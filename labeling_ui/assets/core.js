@@ -9,7 +9,6 @@ let task = null;       // as the server gave it
 let form = null;       // what the person says: ranks, marks, all_bad, comment, confidence, ideal
 let selected = null;   // the response that a digit places
 let past = [];         // forms before, for undo
-let adopted = 0;       // when this task came
 let clicked = false;   // the last input came from mouse or finger
 
 // found once, before any text of others is on the page: it may hold elements of the same name
@@ -89,6 +88,14 @@ const choice = (name, label, options, chosen, choose) => {
   });
   const node = el('fieldset', {class: 'choice'}, el('legend', {}, label),
     el('span', {class: 'options'}, inputs.map(([, labelled]) => labelled)), take);
+  // the number itself, for who has come here with keys
+  node.addEventListener('keydown', (event) => {
+    const found = inputs.find(([input]) => input.value === event.key);
+    if (!found || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault();
+    found[0].focus();
+    choose(found[0].value);
+  });
   node.show = (value) => {
     for (const [input] of inputs) input.checked = input.value === String(value);
     take.hidden = value === null;

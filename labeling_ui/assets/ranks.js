@@ -81,11 +81,14 @@ const follow = () => {
 
 // ---- submitting and skipping -------------------------------------------------------------------
 
-let asked = 0;         // when it was asked whether everything is equally good
-const unconfirm = () => { asked = 0; };
+let pressed = 0;       // when Submit was last pressed
+let asked = false;     // whether it was asked if everything is equally good
+const unconfirm = () => { asked = false; };
 const submit = () => {
-  // the second half of a double click must not answer a question that it has not seen
-  if (!task || sending() || Date.now() - adopted < 400 || Date.now() - asked < 500) return;
+  // the second half of a double click must not answer for what has come in between
+  const twice = Date.now() - pressed < 500;
+  pressed = Date.now();
+  if (!task || sending() || twice) return;
   if (!ready()) {
     const open = unranked();
     say(writing() ? 'Write an answer first.'
@@ -93,7 +96,7 @@ const submit = () => {
     return;
   }
   if (ranking() && tied() && !form.all_bad && !asked) {
-    asked = Date.now();
+    asked = true;
     say('All on one rank: submit again if they are equally good.');
     draw();
     return;

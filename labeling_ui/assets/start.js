@@ -42,8 +42,7 @@ const adopt = (given) => {
   blocked = false;
   dirty = false;
   past = [];
-  asked = 0;
-  adopted = Date.now();
+  asked = false;
   active = activeBefore(given.token);
   const kept = stored.get(KEPT + given.token);
   const mine = kept && kept.who === given.who && kept.revision > given.revision && fitting(kept, given);

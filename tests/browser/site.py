@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 from selenium import webdriver
+from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -181,11 +182,12 @@ class Page:
     def ready(self):
         shown = "return !!document.querySelector('.board:not([hidden]), .nothing:not([hidden])')"
         self.until(lambda: self.run(shown))
-        # the board refuses a submission in the first moment, so that no double click goes on
-        time.sleep(0.45)
 
     def until(self, condition, seconds=60):
-        return WebDriverWait(self.driver, seconds, poll_frequency=0.05).until(lambda _: condition())
+        # the page may be drawn again, or come anew, between a look and the next
+        moving = (StaleElementReferenceException, NoSuchElementException)
+        wait = WebDriverWait(self.driver, seconds, 0.05, ignored_exceptions=moving)
+        return wait.until(lambda _: condition())
 
     # ---- what is on it ---------------------------------------------------------------------
 

@@ -61,7 +61,7 @@ HOSTILE = [
     "<div style='position:fixed;inset:0;background:red'>covers</div>",
     "<a ping=//198.51.100.7/29 href=#>x</a> <area ping=//198.51.100.7/30 href=#>",
     "</span></div></div></main><script>window.pwned=35</script>",
-    "\ud83d\ude00 \u0430dmin.com e\u0301" + "\u0301" * 40,
+    "\U0001f600 \u0430dmin.com e\u0301" + "\u0301" * 40,
     "__proto__ constructor toString hasOwnProperty",
 ]
 ACTING = ["img", "script", "iframe", "form", "style", "svg", "math", "video", "audio", "object"]

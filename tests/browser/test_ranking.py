@@ -154,7 +154,6 @@ def test_the_number_of_responses_differs_from_prompt_to_prompt(site, page):
         assert page.tiers() == ["ABCDEFGHI"[:count]] + [""] * count
         assert len(page.seen("#cards .card")) == count
         page.press(*[str(i + 1) for i in range(count)])
-        time.sleep(0.4)
         page.press(Keys.ENTER)
     page.until(lambda: page.seen(".nothing"))
     assert [len(saved["ranks"]) for saved in site.saved()] == [2, 9, 3]
