@@ -17,11 +17,13 @@ from labeling_ui.forms import Refused
 from labeling_ui.handlers import Handlers as Handlers
 from labeling_ui.handlers import View
 
-# tells the board's code how requests went: without it a lost session looks like a dead button
-HEAD = (board.ASSETS / "head.html").read_text(encoding="utf-8")
-CSS = "".join(
+_STYLES = "".join(
     (board.ASSETS / name).read_text(encoding="utf-8") for name in ("page.css", "board.css")
 )
+# the script tells the board's code how requests went: without it a lost session looks like a dead
+# button. The styles are here and not in `css`, which Gradio takes apart: it loses borders and more
+HEAD = (board.ASSETS / "head.html").read_text(encoding="utf-8") + f"<style>{_STYLES}</style>"
+CSS = ""
 _LOG_OUT = '<form method="post" action="/logout"><button type="submit">Log out</button></form>'
 _Pair = tuple[gr.Markdown, gr.Markdown]
 _NOTHING = Shown("", "")

@@ -5,7 +5,7 @@ const counted = el('span', {class: 'counted'});
 const looks = button('Markdown', {class: 'quiet', 'aria-pressed': 'false', onclick: () =>
   setAllLooks(look === 'rendered' ? 'exact' : 'rendered')});
 const tool = (text, name) => button(text, {class: 'quiet', 'aria-expanded': 'false', onclick: () => openSide(name)});
-const openers = {guide: tool('Guidelines', 'guide'), last: tool('My last answers', 'last')};
+const openers = {guide: tool('Guidelines', 'guide'), last: tool('My last ten', 'last')};
 const helpButton = button('Keys', {class: 'quiet', 'aria-haspopup': 'dialog', onclick: () => help.showModal()});
 helpButton.append(el('kbd', {}, '?'));
 const title = el('h1', {class: 'unseen'}, 'Rank responses');
@@ -66,7 +66,7 @@ const drawNotices = () => {
 // ---- panels at the side ------------------------------------------------------------------------
 
 const sides = {guide: all('.side.guide')[0], last: all('.side.last')[0]};
-const titles = {guide: 'Guidelines', last: 'My last answers'};
+const titles = {guide: 'Guidelines', last: 'My last ten'};
 const sideTitles = {};
 for (const [name, side] of Object.entries(sides)) {
   sideTitles[name] = el('h2', {id: `side-${name}`}, titles[name]);

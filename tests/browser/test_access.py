@@ -122,3 +122,9 @@ def test_nothing_sticks_out_at_any_width(site, page, width, height):
     page.press(Keys.ESCAPE, "x", Keys.ENTER)
     page.until(lambda: page.prompt() == "Write.")
     assert sticks_out(page) == []
+
+
+def test_a_page_with_little_on_it_is_as_wide_as_one_with_much(site, page):
+    site.ask("?", ["a", "b"])
+    page.open(site.person())
+    assert page.find("#cards").size["width"] > 1200
