@@ -29,7 +29,9 @@ test-browser: $(STAMP)
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
 	  { echo "error: the browser tests need Debian's packages:" \
 	    "apt-get install chromium chromium-driver" >&2; exit 1; }
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/browser
+	$(PYTEST) -m browser tests/browser || \
+	  { echo "a browser on a busy machine may be too slow: what failed is tried once more, alone"; \
+	    $(PYTEST) -n 0 -m browser tests/browser --last-failed; }
 
 bench: $(STAMP)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.benchmarks --page docs/benchmarks.md

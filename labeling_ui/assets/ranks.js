@@ -83,7 +83,8 @@ const follow = () => {
 
 let pressed = 0;       // when Submit was last pressed
 let asked = false;     // whether it was asked if everything is equally good
-const unconfirm = () => { asked = false; };
+// what was done in between was meant: the next press is no second half
+const unconfirm = () => { asked = false; pressed = 0; };
 const submit = () => {
   // the second half of a double click must not answer for what has come in between
   const twice = Date.now() - pressed < 500;
