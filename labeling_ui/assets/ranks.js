@@ -81,10 +81,12 @@ const follow = () => {
 
 // ---- submitting and skipping -------------------------------------------------------------------
 
-let pressed = 0;       // when Submit was last pressed
+let pressed = 0;       // when Submit was last pressed, with nothing changed since
 let asked = false;     // whether it was asked if everything is equally good
-// what was done in between was meant: the next press is no second half
-const unconfirm = () => { asked = false; pressed = 0; };
+const unconfirm = () => {
+  asked = false;
+  pressed = 0;
+};
 const submit = () => {
   // the second half of a double click must not answer for what has come in between
   const twice = Date.now() - pressed < 500;
