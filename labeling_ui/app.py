@@ -13,7 +13,7 @@ import gradio as gr
 from labeling_ui import board, display
 from labeling_ui.changes import RECENT
 from labeling_ui.display import Shown
-from labeling_ui.forms import Refused
+from labeling_ui.forms import MAX_RESPONSES, Refused
 from labeling_ui.handlers import Handlers as Handlers
 from labeling_ui.handlers import View
 
@@ -23,7 +23,6 @@ _STYLES = "".join(
 # the script tells the board's code how requests went: without it a lost session looks like a dead
 # button. The styles are here and not in `css`, which Gradio takes apart: it loses borders and more
 HEAD = (board.ASSETS / "head.html").read_text(encoding="utf-8") + f"<style>{_STYLES}</style>"
-CSS = ""
 _LOG_OUT = '<form method="post" action="/logout"><button type="submit">Log out</button></form>'
 _Pair = tuple[gr.Markdown, gr.Markdown]
 _NOTHING = Shown("", "")
@@ -74,9 +73,9 @@ def _lay_out() -> _Parts:
     with gr.Column(elem_id="prompt"):
         turns = [_slot("turn") for _ in range(display.MAX_TURNS)]
     with gr.Row(elem_id="cards"):
-        responses = [_slot("card") for _ in range(board.MAX_RESPONSES)]
+        responses = [_slot("card") for _ in range(MAX_RESPONSES)]
     board.place("notes")
-    places = 5 + RECENT + 2 * (display.MAX_TURNS + board.MAX_RESPONSES)
+    places = 5 + RECENT + 2 * (display.MAX_TURNS + MAX_RESPONSES)
     ranking = board.ranking_board(places)
     return _Parts(
         ranking,
@@ -141,7 +140,7 @@ def _connect(page: gr.Blocks, parts: _Parts, handlers: Handlers) -> None:
 def _drawn(view: View) -> list[Any]:
     """Values for `of_view`."""
     turns = view.turns + [_NOTHING] * (display.MAX_TURNS - len(view.turns))
-    responses = view.responses + [_NOTHING] * (board.MAX_RESPONSES - len(view.responses))
+    responses = view.responses + [_NOTHING] * (MAX_RESPONSES - len(view.responses))
     texts = [text for pair in turns + responses for text in (pair.exact, pair.rendered)]
     return [view.board, *texts, gr.skip() if view.guidelines is None else view.guidelines]
 

@@ -15,9 +15,15 @@ from typing import Any
 import gradio as gr
 
 from labeling_ui.assignments import SKIP_REASONS, Assignment
-from labeling_ui.forms import CONFIDENCES, FLAGS, MAX_COMMENT, MAX_IDEAL, SCORES, Form
+from labeling_ui.forms import (
+    CONFIDENCES,
+    FLAGS,
+    MAX_COMMENT,
+    MAX_IDEAL,
+    SCORES,
+    Form,
+)
 
-MAX_RESPONSES = 9
 ASSETS = Path(__file__).parent / "assets"
 _SCRIPTS = ("core.js", "saving.js", "ranks.js", "cards.js", "panels.js", "keys.js", "start.js")
 _WORDS = {

@@ -14,13 +14,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from labeling_ui.forms import MAX_RESPONSES
 from labeling_ui.layouts import parse
 from labeling_ui.screening import MAX_PROMPT, MAX_RESPONSE, clean
 from pipeline.formats import Unusable, conversation, prompt_messages
 from pipeline.records import SPLITS, Message, content_id
 
-MOST_RESPONSES = 9
-"""A person places each with one digit key."""
 _NUMBERED = re.compile(r"(?:response|answer|completion|output)_?\d+")
 
 
@@ -70,8 +69,8 @@ def to_rank(row: Any, notes: Counter[str]) -> Candidates:
         found.add(text, [model] if isinstance(model, str) and model else [])
     if len(found.responses) < 2:
         raise Unusable("fewer than 2 different responses")
-    if len(found.responses) > MOST_RESPONSES:
-        raise Unusable(f"more than {MOST_RESPONSES} responses")
+    if len(found.responses) > MAX_RESPONSES:
+        raise Unusable(f"more than {MAX_RESPONSES} responses")
     return found
 
 
@@ -91,8 +90,8 @@ def to_gold(row: Any) -> Candidates:
         Unusable: with a reason in a few words.
     """
     found = parse(row)
-    if len(found.responses) > MOST_RESPONSES:
-        raise Unusable(f"more than {MOST_RESPONSES} responses")
+    if len(found.responses) > MAX_RESPONSES:
+        raise Unusable(f"more than {MAX_RESPONSES} responses")
     if len(set(found.ranks)) == 1:
         raise Unusable("all responses are tied: a known answer needs an order")
     texts = [clean(text, "a response", MAX_RESPONSE) for text in found.responses]
@@ -127,8 +126,8 @@ def merged(
             if left[key]:
                 continue
             row = waiting.pop(key)
-        if len(row.responses) > MOST_RESPONSES:
-            notes[f"prompts left out: more than {MOST_RESPONSES} responses in all rows"] += 1
+        if len(row.responses) > MAX_RESPONSES:
+            notes[f"prompts left out: more than {MAX_RESPONSES} responses in all rows"] += 1
             continue
         yield row
 

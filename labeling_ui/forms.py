@@ -23,6 +23,8 @@ FLAGS = {
 SCORES = range(1, 8)
 """Likert scale of a response (InstructGPT, arXiv 2203.02155, figure 12: 1 to 7)."""
 CONFIDENCES = {1: "unsure", 2: "fairly sure", 3: "sure"}
+MAX_RESPONSES = 9
+"""The ranking page has letters and keys for so many."""
 MAX_COMMENT = 2_000
 MAX_IDEAL = 20_000
 

@@ -16,15 +16,12 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from labeling_ui.administration import acting
-from labeling_ui.forms import Refused, dense
+from labeling_ui.forms import MAX_RESPONSES, Refused, dense
 from labeling_ui.layouts import parse
 from labeling_ui.schema import lot, tasks
-from labeling_ui.store import Store, insert_new, log_event, task_row
+from labeling_ui.store import Store, gold_id, insert_new, log_event, task_row
 from pipeline.formats import Unusable
-from pipeline.records import Message, canonical_json, content_id
-
-MOST_RESPONSES = 9
-"""The ranking page has letters for so many."""
+from pipeline.records import Message, canonical_json
 
 
 @dataclass
@@ -105,7 +102,7 @@ def _put(
 ) -> tuple[str, bool]:
     """Store a known answer; its id, and whether anything changed."""
     responses = json.loads(row["responses"])
-    task = content_id("gold", row["prompt_id"], responses)
+    task = gold_id(row["prompt_id"], responses)
     gold = canonical_json(ranks)
     before = tx.execute(sa.select(tasks.c.gold, tasks.c.active).where(tasks.c.id == task)).first()
     if before is not None and before.gold == gold and before.active:
@@ -141,6 +138,6 @@ def _ranks(ranks: Sequence[object], count: int) -> list[int]:
         raise Refused(f"Give each of the {count} responses a rank from 1 to {count}.")
     if len(set(whole)) == 1:
         raise Refused("A known answer needs two responses that differ.")
-    if count > MOST_RESPONSES:
-        raise Refused(f"The ranking page shows at most {MOST_RESPONSES} responses.")
+    if count > MAX_RESPONSES:
+        raise Refused(f"The ranking page shows at most {MAX_RESPONSES} responses.")
     return dense(whole)

@@ -22,9 +22,9 @@ from labeling_ui.oasst import expand
 from labeling_ui.reading import rows_of
 from labeling_ui.schema import queues, tasks
 from labeling_ui.screening import warnings
-from labeling_ui.store import EXTRA, WRITE, Store, insert_new, log_event, task_row
+from labeling_ui.store import EXTRA, WRITE, Store, gold_id, insert_new, log_event, task_row
 from pipeline.formats import Unusable
-from pipeline.records import Tally, canonical_json, content_id
+from pipeline.records import Tally, canonical_json
 
 Kind = Literal["rank", "write", "gold"]
 QUEUES: dict[Kind, str | None] = {"rank": EXTRA, "write": WRITE, "gold": None}
@@ -140,7 +140,7 @@ def _task(found: Candidates, kind: Kind, notes: Counter[str]) -> dict[str, Any]:
     }
     if kind == "gold":
         # the same responses may also be ranked as work
-        row["id"] = content_id("gold", row["id"])
+        row["id"] = gold_id(row["prompt_id"], texts)
     return row
 
 

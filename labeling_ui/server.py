@@ -160,10 +160,10 @@ def create_app(store: Store, run_dir: Path, names: Sequence[str] = LOCAL_NAMES) 
     tell_progress = Teller(run_dir, store).soon
     handlers = page.Handlers(store, logins.user_id, tell_progress)
     lead_handlers = lead.Handlers(store, logins.user_id, tell_progress, dashboard)
-    _mount(server, run_dir, "/ui", page.build(handlers), logins.name_of, page.CSS, page.HEAD)
+    _mount(server, run_dir, "/ui", page.build(handlers), logins.name_of, page.HEAD)
     _mount(
         server, run_dir, "/lead", lead_page.build(lead_handlers), logins.lead_of,
-        lead_page.CSS, lead_page.HEAD,
+        lead_page.HEAD, lead_page.CSS,
     )  # fmt: skip
     server.add_middleware(guard.Guard, names=names, role_of=logins.role_of)
     return server
@@ -175,8 +175,8 @@ def _mount(
     path: str,
     blocks: Any,
     who: Callable[[Request], str | None],
-    css: str,
     head: str,
+    css: str = "",
 ) -> None:
     """A Gradio page behind our login, with everything off that it does not need."""
     import gradio

@@ -193,6 +193,15 @@ def task_id(prompt_id: str, responses: Sequence[str], round: int) -> str:
     return content_id("task", prompt_id, sorted(response_ids(prompt_id, responses)), round)
 
 
+def gold_id(prompt_id: str, responses: Sequence[str]) -> str:
+    """Identity of a known answer, wherever it came from; the same responses may also be work.
+
+    Args:
+        responses: by place in `tasks.responses`.
+    """
+    return content_id("gold", prompt_id, list(responses))
+
+
 def response_ids(prompt_id: str, responses: Sequence[str]) -> list[str]:
     return [content_id("response", prompt_id, text) for text in responses]
 

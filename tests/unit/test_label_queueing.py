@@ -9,8 +9,10 @@ import pytest
 import sqlalchemy as sa
 
 from labeling_ui import labels
+from labeling_ui.accounts import add_user
 from labeling_ui.assignments import claim, submit
 from labeling_ui.exporting import snapshot
+from labeling_ui.gold import import_gold
 from labeling_ui.importing import import_rankings
 from labeling_ui.queueing import queue
 from labeling_ui.schema import queues, tasks, users
@@ -290,3 +292,12 @@ def test_the_command_queues_and_reports(tmp_path, capsys):
     assert [(row["queue"], row["overlap"], row["prompts"]) for row in found["queues"]] == [
         ("extra", 4, 1), ("write", 2, 2),
     ]  # fmt: skip
+
+
+def test_a_known_answer_is_one_whether_it_was_queued_or_given_on_the_leads_page(store, tmp_path):
+    lead = add_user(store, "lea", "correct horse", "lead")
+    row = {**ROW, "ranks": [2, 1]}
+    put(store, tmp_path, [row], "gold")
+    again = import_gold(store, lead, json.dumps(row))
+    assert (again.stored, again.unchanged) == (0, 1)
+    assert len(stored(store)) == 1
