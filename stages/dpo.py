@@ -23,7 +23,6 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
 from pipeline import worker
@@ -39,7 +38,7 @@ from stages.preferences import (
     preference_metrics,
 )
 from stages.trl_checkpoints import LineCallback, Schedule
-from stages.trl_runs import check_rows, make_config, publish, quiet, train
+from stages.trl_runs import check_rows, make_config, make_trainer, publish, train
 
 _LOGGED = (
     "rewards/accuracies",
@@ -100,16 +99,15 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
         _row_of,
         lambda _: measure(trainer.model, heldout, ref_logprobs, own.beta, pad_id),
     )
-    trainer = _trainer(
-        settings,
+    trainer = make_trainer(
+        _Trainer,
         add_lora(plain, own.lora, "policy"),
-        reference,
+        _config(settings, steps, out, accelerator),
+        Dataset.from_list([_row(pairs[i]) for i in order]),
         tokenizer,
-        [pairs[i] for i in order],
-        steps,
         callback,
         out,
-        accelerator,
+        ref_model=reference,
     )
     num_compared = sum(len(p.chosen) + len(p.rejected) for p in pairs)
     check_rows(trainer, [_row(p) for p in pairs], {"completion_mask": num_compared}, out)
@@ -130,18 +128,8 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     }
 
 
-def _trainer(
-    settings: Settings,
-    model: nn.Module,
-    reference: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: list[Pair],
-    steps: int,
-    callback: LineCallback,
-    out: Out,
-    accelerator: Accelerator,
-) -> DPOTrainer:
-    config = make_config(
+def _config(settings: Settings, steps: int, out: Out, accelerator: Accelerator) -> DPOConfig:
+    return make_config(
         DPOConfig,
         settings,
         settings.dpo,
@@ -155,16 +143,6 @@ def _trainer(
         beta=settings.dpo.beta,
         max_length=None,
     )
-    trainer = _Trainer(
-        model=model,
-        ref_model=reference,
-        args=config,
-        train_dataset=Dataset.from_list([_row(pair) for pair in pairs]),
-        processing_class=tokenizer,
-        callbacks=[callback],
-    )
-    quiet(trainer, out)
-    return trainer
 
 
 def _row(pair: Pair) -> dict[str, list[int]]:

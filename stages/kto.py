@@ -27,7 +27,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from trl import KTOConfig, KTOTrainer
 
 from pipeline import worker
@@ -47,7 +47,7 @@ from stages.preferences import (
     pair_logprobs,
 )
 from stages.trl_checkpoints import LineCallback, Schedule
-from stages.trl_runs import check_rows, make_config, publish, quiet, train
+from stages.trl_runs import check_rows, make_config, make_trainer, publish, train
 
 # a micro-batch without one of the two kinds has no such reward
 _LOGGED = (
@@ -118,18 +118,15 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
         _row_of,
         lambda _: measure(trainer.model),
     )
-    trainer = _trainer(
-        settings,
+    trainer = make_trainer(
+        _Trainer,
         add_lora(plain, own.lora, "policy"),
-        reference,
+        _config(settings, steps, max_length, desirable_weight, out, accelerator),
+        Dataset.from_list(rows),
         tokenizer,
-        rows,
-        steps,
-        max_length,
-        desirable_weight,
         callback,
         out,
-        accelerator,
+        ref_model=reference,
     )
     num_tokens = sum(len(row["prompt_ids"]) + len(row["completion_ids"]) for row in rows)
     expected = {
@@ -198,20 +195,15 @@ def _rows(responses: list[Labelled], minibatch_rows: int) -> list[dict[str, Any]
     return rows
 
 
-def _trainer(
+def _config(
     settings: Settings,
-    model: nn.Module,
-    reference: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: list[dict[str, Any]],
     steps: int,
     max_length: int,
     desirable_weight: float,
-    callback: LineCallback,
     out: Out,
     accelerator: Accelerator,
-) -> KTOTrainer:
-    config = make_config(
+) -> KTOConfig:
+    return make_config(
         KTOConfig,
         settings,
         settings.kto,
@@ -227,16 +219,6 @@ def _trainer(
         undesirable_weight=settings.kto.undesirable_weight,
         max_length=max_length,
     )
-    trainer = _Trainer(
-        model=model,
-        ref_model=reference,
-        args=config,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        callbacks=[callback],
-    )
-    quiet(trainer, out)
-    return trainer
 
 
 def _row_of(logs: Metrics) -> Metrics:

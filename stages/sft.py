@@ -47,7 +47,7 @@ from stages.models import (
     repairs_of,
 )
 from stages.trl_checkpoints import LineCallback, Schedule
-from stages.trl_runs import make_config, publish, quiet, train
+from stages.trl_runs import make_config, make_trainer, publish, train
 
 _HELDOUT_ROWS = 512
 _HELDOUT_ROWS_AT_ONCE = 16
@@ -230,15 +230,7 @@ def _trainer(
             "labels": [_labels(row) for row in examples.train],
         }
     )
-    trainer = SFTTrainer(
-        model=model,
-        args=config,
-        train_dataset=rows.select(order),
-        processing_class=tokenizer,
-        callbacks=[callback],
-    )
-    quiet(trainer, out)
-    return trainer
+    return make_trainer(SFTTrainer, model, config, rows.select(order), tokenizer, callback, out)
 
 
 def _row_of(logs: Metrics) -> Metrics:

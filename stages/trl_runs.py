@@ -14,6 +14,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
+from torch import nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -30,6 +32,7 @@ from stages.models import contract_of, merge_lora, save_model
 from stages.trl_checkpoints import LineCallback, newest_whole
 
 ConfigT = TypeVar("ConfigT", bound=TrainingArguments)
+TrainerT = TypeVar("TrainerT", bound=Trainer)
 
 
 class TrainedByTrl(Protocol):
@@ -99,6 +102,32 @@ def make_config(
             dataloader_pin_memory=not on_cpu,
             **{"logging_steps": 1, **special},
         )
+
+
+def make_trainer(
+    kind: type[TrainerT],
+    model: nn.Module,
+    config: Any,
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    callback: LineCallback,
+    out: Out,
+    **special: Any,
+) -> TrainerT:
+    """One of TRL's trainers on rows in the order of training, without its own printing.
+
+    special: what only this trainer knows.
+    """
+    trainer = kind(
+        model=model,
+        args=config,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        callbacks=[callback],
+        **special,
+    )
+    quiet(trainer, out)
+    return trainer
 
 
 def quiet(trainer: Trainer, out: Out) -> None:

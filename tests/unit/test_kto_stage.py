@@ -248,10 +248,10 @@ def test_the_reference_point_s_responses_stay_within_a_step():
 
 @pytest.mark.parametrize("mask", ["completion_mask", "KL_completion_mask"])
 def test_a_collator_that_loses_a_token_is_noticed(world, tmp_path, monkeypatch, mask):
-    real = kto._trainer
+    real = kto.make_trainer
 
-    def broken(*given):
-        trainer = real(*given)
+    def broken(*given, **special):
+        trainer = real(*given, **special)
         collate = trainer.data_collator
 
         def lose(rows):
@@ -262,7 +262,7 @@ def test_a_collator_that_loses_a_token_is_noticed(world, tmp_path, monkeypatch, 
         trainer.data_collator = lose
         return trainer
 
-    monkeypatch.setattr(kto, "_trainer", broken)
+    monkeypatch.setattr(kto, "make_trainer", broken)
     with pytest.raises(StageError, match=rf"would compare \d+ tokens \({mask}\)"):
         run(make_job("kto", tmp_path / "run", world, **OWN))
 
