@@ -3,6 +3,7 @@
 # make test-browser   the ranking app in headless Chromium; needs Debian's packages chromium and
 #                     chromium-driver:  apt-get install chromium chromium-driver
 # make lint   ruff and mypy                    make bench  against the peers, writes docs/benchmarks.md
+# make faults  kill a small line at 70 moments and resume it, writes docs/faults.md (half an hour)
 # make mutants  break the arithmetic of PPO and of the reward losses bit by bit, writes docs/mutants.md
 #
 # Each needs Python >= 3.11, make and git only: .venv is made on the first call, and again only when
@@ -14,7 +15,7 @@ BIN := .venv/bin
 # two tests at a time, one thread each: faster on two cores than the other way round
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test slow test-browser bench mutants lint clean
+.PHONY: demo test slow test-browser bench faults mutants lint clean
 
 demo: $(STAMP)
 	$(BIN)/prefline run configs/demo.yaml
@@ -35,6 +36,9 @@ test-browser: $(STAMP)
 
 bench: $(STAMP)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.benchmarks --page docs/benchmarks.md
+
+faults: $(STAMP)
+	$(BIN)/python -m tests.faults --page docs/faults.md
 
 mutants: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
