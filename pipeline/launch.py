@@ -6,6 +6,7 @@ lives as long as consecutive steps share its launch, so that torch is imported o
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -15,10 +16,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Any
 
+from pipeline.crashes import memory_hint
 from pipeline.errors import (
     EXIT_INTERRUPTED,
     ArtifactError,
@@ -37,6 +41,8 @@ from pipeline.worker import STOP_SIGNALS, die_with_parent
 HOME = Path(__file__).resolve().parent.parent
 LOG = "rank0.log"
 _POLL_SECONDS = 0.01
+_WATCH_SECONDS = 0.2
+_LAST_WORD_SECONDS = 1.0
 _LOG_LINES = 15
 _BY_CODE: dict[int, type[ToolkitError]] = {
     kind.exit_code: kind for kind in (StageError, DataError, PeopleNeeded, ArtifactError, Stopped)
@@ -186,6 +192,8 @@ class Child:
         self._settings = settings
         self._number = 0
         self._log: Path | None = None
+        self._tail: deque[str] = deque(maxlen=_LOG_LINES)
+        self._lost: list[str] = []
         self._process = subprocess.Popen(
             command(settings, several, folder),
             env=environment(settings),
@@ -212,24 +220,32 @@ class Child:
         text = job.to_json()
         write_atomic(job.work / "job.json", text, durable=False)
         write_atomic(self._folder / f"{name}.json", text, durable=False)
-        done, error = self._folder / f"{name}.done", self._folder / f"{name}.error"
+        self._tail.clear()
+        done = self._folder / f"{name}.done"
+        looked = time.monotonic()
         while not done.exists():
+            if time.monotonic() - looked > _WATCH_SECONDS:
+                looked = time.monotonic()
+                self._lost = self._lost or self._ranks_that_are_gone()
             code = self._process.poll()
             if code is not None:
                 # it may have written its last word between the two looks
                 if done.exists():
                     return
-                raise self._verdict(job, error, code, stop)
-            if error.exists():
-                raise self._verdict(job, error, self._end_soon(), stop)
+                raise self._verdict(job, name, code, stop)
+            if any(self._folder.glob(f"{name}.error*")):
+                # the other ranks tell the same in a moment, or the one that does not is the cause
+                time.sleep(_LAST_WORD_SECONDS if len(self._ranks()) > 1 else 0)
+                self._lost = self._lost or self._ranks_that_are_gone(name)
+                raise self._verdict(job, name, self._end_soon(), stop)
             if stop.expired(self._settings.grace_seconds):
                 self.kill()
             time.sleep(_POLL_SECONDS)
 
     def forward(self, number: int) -> None:
         """Pass a signal on to the ranks (to the whole group while no rank is up)."""
-        pids = [read_json(path) for path in self._folder.glob("rank*.pid")]
-        for pid in [pid for pid in pids if isinstance(pid, int)]:
+        pids = self._ranks()
+        for pid in pids.values():
             _signal(pid, number)
         if not pids and self._process.poll() is None:
             _signal(-self._process.pid, signal.SIGTERM)
@@ -254,45 +270,94 @@ class Child:
             self.kill()
             return self._process.wait()
 
-    def _verdict(self, job: Job, error: Path, code: int, stop: StopFlag) -> ToolkitError:
+    def _ranks(self) -> dict[int, int]:
+        """The process id of each rank that has begun, by rank."""
+        found = {}
+        for path in sorted(self._folder.glob("rank*.pid")):
+            pid = read_json(path)
+            if isinstance(pid, int):
+                found[int(path.stem.removeprefix("rank"))] = pid
+        return found
+
+    def _ranks_that_are_gone(self, name: str = "") -> list[str]:
+        """Which of several ranks has ended or been stopped while the others wait for it, in words.
+
+        name: of a job that some ranks gave up; one that has not is named too.
+        """
+        ranks = self._ranks()
+        found = []
+        for rank, pid in ranks.items() if len(ranks) > 1 else ():
+            state = process_state(pid)
+            if (self._folder / f"{name}.error{rank}").exists():
+                continue
+            if state in (None, "Z", "X"):
+                found.append(f"rank {rank} has died")
+            elif name and state in ("T", "t"):
+                found.append(f"rank {rank} stands still (stopped by a signal)")
+            elif name:
+                found.append(f"rank {rank} did not answer")
+        return found
+
+    def _verdict(self, job: Job, name: str, code: int, stop: StopFlag) -> ToolkitError:
         """What the end of the child means to the user."""
         self._tee.join(timeout=2)
-        row = read_json(error)
-        if isinstance(row, dict):
-            kind = _BY_CODE.get(row["exit_code"], StageError)
-            return kind(row["message"], row["hint"])
+        log = f"Log: {job.work / LOG}"
+        rows = [read_json(path) for path in sorted(self._folder.glob(f"{name}.error*"))]
+        rows = [row for row in rows if isinstance(row, dict)] or self._told()
+        # a rank that knows the cause goes before those that only lost their partner
+        for row in sorted(rows, key=lambda row: row["lost_partner"]):
+            if row["lost_partner"] and self._lost:
+                break
+            return _BY_CODE.get(row["exit_code"], StageError)(row["message"], row["hint"])
         if stop.number is not None:
             late = f" after {self._settings.grace_seconds} s by force" if stop.killed else ""
             return Stopped(f"{job.step}: stopped{late}; it goes on from its last checkpoint")
         how = (
             f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         )
-        tail = "\n".join(f"  | {line}" for line in last_lines(job.work / LOG))
-        memory = " It may have run out of memory." if code == -signal.SIGKILL else ""
+        what = ", ".join(self._lost) or f"the process {how}"
+        tail = "\n".join(f"  | {line}" for line in self._tail)
+        killed = code == -signal.SIGKILL or any("died" in text for text in self._lost)
+        memory = f" Perhaps for lack of memory: {memory_hint(job.stage)}" if killed else ""
         return StageError(
-            f"{job.step}: the process {how}.{memory} Its last lines:\n{tail or '  | (none)'}",
-            f"`prefline resume` goes on from the last checkpoint. Log: {job.work / LOG}",
+            f"{job.step}: {what}.{memory} The last lines:\n{tail or '  | (none)'}",
+            f"`prefline resume` goes on from the last checkpoint. {log}",
         )
+
+    def _told(self) -> list[dict[str, Any]]:
+        """What a worker printed because it could not write it: the disk is full."""
+        for number, line in enumerate(self._tail):
+            if line.startswith("error: "):
+                hint = " ".join(text.strip() for text in list(self._tail)[number + 1 :][:1])
+                message = line.removeprefix("error: ")
+                row = {"exit_code": StageError.exit_code, "message": message, "hint": hint or None}
+                return [{**row, "lost_partner": False}]
+        return []
 
     def _copy_output(self) -> None:
         """Everything the child prints goes to the user's stderr and to the log of the step."""
         assert self._process.stdout is not None
-        while chunk := self._process.stdout.read1(65536):  # type: ignore[attr-defined]
-            sys.stderr.write(chunk.decode("utf-8", "replace"))
+        while line := self._process.stdout.readline():
+            text = line.decode("utf-8", "replace")
+            self._tail.append(text.rstrip())
+            sys.stderr.write(text)
             sys.stderr.flush()
-            if self._log is not None:
-                with self._log.open("ab") as file:
-                    file.write(chunk)
+            # a child that is not listened to would stand still: on a full disk the log has a gap
+            with contextlib.suppress(OSError):
+                if self._log is not None:
+                    with self._log.open("ab") as file:
+                        file.write(line)
 
 
-def last_lines(log: Path, count: int = _LOG_LINES) -> list[str]:
-    """The end of a log, for an error message."""
+def process_state(pid: int) -> str | None:
+    """The letter of `man 5 proc` (R, S, D, T, Z ...; ? where there is no /proc); None: it is gone."""
+    if not Path("/proc/self").exists():
+        return "?"
     try:
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - 20_000))
-            return file.read().decode("utf-8", "replace").splitlines()[-count:]
-    except OSError:
-        return []
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+        return text.rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return None
 
 
 def _signal(pid: int, number: int) -> None:

@@ -3,12 +3,14 @@
     python -m pipeline.worker JOBDIR      000.json, 001.json ... until a file `end` appears
     python -m stages.sft JOB.json         one job alone; every work directory keeps its job.json
 
-Several ranks read the same files; only rank 0 publishes and writes `000.done`. What goes wrong is
-written to `000.error`, so that the parent can say it whatever the launcher in between does.
+Several ranks read the same files; only rank 0 publishes and writes `000.done`. What goes wrong on a
+rank is written to `000.error0` (its number), so that the parent can say it whatever the launcher in
+between does; where even that cannot be written, it is printed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -25,7 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pipeline import artifacts, contract
+from pipeline import artifacts, contract, crashes
 from pipeline.errors import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
@@ -107,7 +109,7 @@ def run_jobs(folder: Path) -> int:
     while True:
         file = folder / f"{number:03d}.json"
         if file.exists():
-            # the parent tells people what went wrong; it reads the `.error` file
+            # the parent tells people what went wrong; it reads the `.error0` file
             code = run_file(file, tell=False)
             if code != EXIT_DONE:
                 return code
@@ -127,9 +129,12 @@ def run_file(file: Path, tell: bool = True) -> int:
     try:
         run_job(job, rank, int(os.environ.get("WORLD_SIZE", "1")))
     except ToolkitError as error:
-        return _report(file, error, tell)
+        return _report(file, error, rank, tell)
     except Exception as error:  # noqa: BLE001 - the last place where anything can be told
-        return _report(file, _summarise(error, job, rank), tell)
+        log = job.work / f"rank{rank}.log"
+        _keep_traceback(error, log)
+        known = crashes.explain(error, job.step, job.stage, log)
+        return _report(file, known, rank, tell, crashes.is_lost_partner(error))
     if rank == 0:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -202,28 +207,26 @@ def plain(value: Any, what: str) -> Any:
 # ---- how it went ---------------------------------------------------------------------------
 
 
-def _report(file: Path, error: ToolkitError, tell: bool) -> int:
+def _report(
+    file: Path, error: ToolkitError, rank: int, tell: bool, lost_partner: bool = False
+) -> int:
+    """Note what went wrong, for the parent. lost_partner: only because of another rank."""
+    row = {"exit_code": error.exit_code, "message": error.message, "hint": error.hint}
+    try:
+        place = file.with_suffix(f".error{rank}")
+        write_atomic(place, json.dumps({**row, "lost_partner": lost_partner}), durable=False)
+    except OSError:
+        tell = True
     if tell:
         print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
-    row = {"exit_code": error.exit_code, "message": error.message, "hint": error.hint}
-    # the first rank that fails knows the cause; the others only lost their partner
-    try:
-        with file.with_suffix(".error").open("x", encoding="utf-8") as target:
-            target.write(json.dumps(row))
-    except FileExistsError:
-        pass
     return error.exit_code
 
 
-def _summarise(error: Exception, job: Job, rank: int) -> StageError:
-    log = job.work / f"rank{rank}.log"
+def _keep_traceback(error: Exception, log: Path) -> None:
     lines = "".join(traceback.format_exception(error)).splitlines()
-    with log.open("a", encoding="utf-8", errors="replace") as file:
+    # a full disk must not hide what is told
+    with contextlib.suppress(OSError), log.open("a", encoding="utf-8", errors="replace") as file:
         file.write("\n".join(lines[-_TRACEBACK_LINES:]) + "\n")
-    first = (str(error).strip().splitlines() or ["no message"])[0][:300]
-    return StageError(
-        f"{job.step}: {type(error).__name__}: {first}", f"The whole story is in {log}"
-    )
 
 
 def _now() -> str:

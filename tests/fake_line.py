@@ -53,6 +53,9 @@ def run(settings, inputs, out):
     out.say("working")
     if out.rank == 0:
         _misbehave(how, out, mark)
+    elif how in ("rank-dies", "rank-stands-still") and not mark.exists():
+        mark.write_text("")
+        os.kill(os.getpid(), signal.SIGKILL if how == "rank-dies" else signal.SIGSTOP)
     out.contract |= {"vocab_size": 7, "eos_id": 1, "pad_id": 0}
     if how == "other-vocabulary":
         out.contract["vocab_size"] = 8
@@ -91,6 +94,16 @@ def _misbehave(how, out, mark):
         mark.write_text("")
         print("the last words", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
+    if how == "full":
+        (out.artifact / "much.json").write_bytes(bytes(2**24))
+    if how == "memory":
+        bytearray(2**60)
+    if how in ("rank-dies", "rank-stands-still") and out.resumed_from is None:
+        # what gloo says when another rank is gone
+        while not mark.exists():
+            time.sleep(0.01)
+        time.sleep(0.5)
+        raise RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:40512")
     if how == "deaf":
         out.progress(1, 3)
         time.sleep(60)

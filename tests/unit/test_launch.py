@@ -68,13 +68,6 @@ def test_gpus_are_read_from_nvidia_smi(tmp_path, monkeypatch):
     launch.gpus.cache_clear()
 
 
-def test_only_the_end_of_a_long_log_is_shown(tmp_path):
-    log = tmp_path / "rank0.log"
-    log.write_text("".join(f"line {i}\n" for i in range(9999)))
-    assert launch.last_lines(log, 2) == ["line 9997", "line 9998"]
-    assert launch.last_lines(tmp_path / "none.log") == []
-
-
 @pytest.mark.slow
 def test_the_probe_of_bf16_answers_with_a_ratio_of_times():
     launch.bf16_speedup.cache_clear()

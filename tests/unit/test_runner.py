@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -157,6 +158,56 @@ def test_a_killed_child_is_named_and_the_run_goes_on_afterwards(config, monkeypa
     made = execute(config)[2]
     assert made[-1].word == "done"
     assert made[2].manifest.resumed_from == 1
+
+
+def test_out_of_memory_names_what_to_lower(config, monkeypatch):
+    monkeypatch.setenv("FAKE_SFT", "memory")
+    with pytest.raises(StageError, match="sft: out of memory") as caught:
+        execute(config)
+    assert "Raise sft.accumulation_steps" in caught.value.hint
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    config = fake_line.write_config(tmp_path)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        process = start(config, f"run.dir={small / 'run'}", FAKE_SFT="full")
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 1, err
+        assert re.search(r"error: sft: the disk of \S+ is full \(0.\d MiB free\)\n +Free some", err)
+        assert "Traceback" not in err
+        for file in (small / "run").rglob("much.json"):
+            file.unlink()
+        process = start(config, f"run.dir={small / 'run'}")
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        assert "sft: done" in err
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("rank-dies", "sft: rank 1 has died. Perhaps for lack of memory"),
+        ("rank-stands-still", r"sft: rank 1 stands still \(stopped by a signal\)"),
+    ],
+)
+def test_a_rank_that_others_wait_for_is_named_and_nothing_is_left_running(config, how, message):
+    process = start(config, "launch.processes=2", FAKE_SFT=how)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err
+    assert re.search(f"error: {message}", err), err
+    folder = str(config.parent / "run")
+    lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert folder not in lines
 
 
 def test_a_changed_byte_stops_the_line_and_names_the_file(config):

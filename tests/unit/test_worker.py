@@ -55,7 +55,7 @@ def test_a_failure_is_told_beside_the_job_and_on_the_screen(job, tmp_path):
     assert done.returncode == 1
     assert "error: sft: the loss is NaN at step 2\n       Lower sft.lr." in done.stderr
     assert "Traceback" not in done.stderr
-    told = json.loads((tmp_path / "job.error").read_text())
+    told = json.loads((tmp_path / "job.error0").read_text())
     assert told["exit_code"] == 1
     assert not (job.work / "manifest.json").exists()
 
