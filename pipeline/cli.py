@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Annotated
 import typer
 
 import pipeline
+from pipeline import crashes
 from pipeline.errors import (
+    EXIT_FAILED,
     EXIT_INTERRUPTED,
     ArtifactError,
     ConfigError,
@@ -386,6 +389,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         words = {PeopleNeeded: "waiting", Stopped: "stopped"}
         print(f"{words.get(type(error), 'error')}: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # `prefline status RUN | head`: nobody reads on; a flush at exit must not complain either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_FAILED)
+    except OSError as problem:
+        known = crashes.explain_system(problem)
+        print(f"error: {known}", file=sys.stderr, flush=True)
+        sys.exit(known.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)

@@ -8,7 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
-from pipeline.errors import StageError
+from pipeline.errors import StageError, ToolkitError
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
@@ -56,6 +56,20 @@ def explain(error: BaseException, step: str, stage: str, log: Path) -> StageErro
     if is_out_of_memory(error):
         return StageError(f"{step}: out of memory: {cause}", memory_hint(stage))
     return StageError(f"{step}: {type(error).__name__}: {cause}", story)
+
+
+def explain_system(error: OSError) -> ToolkitError:
+    """The same for the command itself, which is about no step."""
+    what = os.strerror(error.errno) if error.errno else str(error)
+    if error.filename:
+        what += f": {Path(os.fsdecode(error.filename)).absolute()}"
+    if error.errno in _NO_SPACE:
+        return ToolkitError(
+            what, "Free some space and give the command again; what is done stays done."
+        )
+    if error.errno in _FORBIDDEN:
+        return ToolkitError(what, "See whose the directory is, and whether it may be written to.")
+    return ToolkitError(what)
 
 
 def memory_hint(stage: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import importlib.metadata
@@ -217,7 +218,9 @@ def _run_step(run: Run, crew: launch.Crew, state: StepState) -> None:
         run.record("stopped", **facts, reason=error.message)
         raise
     except ToolkitError as error:
-        run.record("failed", **facts, reason=error.message)
+        # on a full disk the reason matters more than its record
+        with contextlib.suppress(OSError):
+            run.record("failed", **facts, reason=error.message)
         raise
     run.record("done", **facts)
 

@@ -167,29 +167,67 @@ def test_out_of_memory_names_what_to_lower(config, monkeypatch):
     assert "Raise sft.accumulation_steps" in caught.value.hint
 
 
-def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(tmp_path):
-    small = tmp_path / "small"
-    small.mkdir()
-    config = fake_line.write_config(tmp_path)
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of one MiB."""
+    place = tmp_path / "small"
+    place.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True, text=True
     )
     if mounted.returncode:
         pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
-    try:
-        process = start(config, f"run.dir={small / 'run'}", FAKE_SFT="full")
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == 1, err
-        assert re.search(r"error: sft: the disk of \S+ is full \(0.\d MiB free\)\n +Free some", err)
-        assert "Traceback" not in err
-        for file in (small / "run").rglob("much.json"):
-            file.unlink()
-        process = start(config, f"run.dir={small / 'run'}")
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == 0, err
-        assert "sft: done" in err
-    finally:
-        subprocess.run(["umount", small], check=True)
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def finished(*arguments, **environment):
+    process = start(*arguments, **environment)
+    _, err = process.communicate(timeout=60)
+    assert "Traceback" not in err
+    return process.returncode, err
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(small_disk, tmp_path):
+    config = fake_line.write_config(tmp_path)
+    place = f"run.dir={small_disk / 'run'}"
+    code, err = finished(config, place, FAKE_SFT="full")
+    assert code == 1
+    assert re.search(r"error: sft: the disk of \S+ is full \(0.\d MiB free\)\n +Free some", err)
+    # the run cannot even be opened for writing now
+    filler = small_disk / "filler"
+    with pytest.raises(OSError, match="No space"):
+        filler.write_bytes(bytes(2**21))
+    code, err = finished(config, place)
+    assert code == 1
+    assert re.search(
+        r"error: No space left on device\n +Free|error: sft: the disk of \S+ is full", err
+    )
+    filler.unlink()
+    for file in small_disk.rglob("much.json"):
+        file.unlink()
+    code, err = finished(config, place)
+    assert code == 0, err
+    assert "sft: done" in err
+
+
+def test_a_run_directory_that_may_only_be_read_can_be_looked_at_and_no_more(small_disk, tmp_path):
+    config = fake_line.write_config(tmp_path)
+    place = f"run.dir={small_disk / 'run'}"
+    assert finished(config, place)[0] == 0
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    code, err = finished(config, place, "sft.lr=0.5")
+    assert code == 1
+    assert re.search(rf"error: Read-only file system: {small_disk}/run/\S+\n +See whose", err)
+    look = subprocess.run(
+        [sys.executable, "-m", "tests.fake_line", "status", small_disk / "run"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert look.returncode == 0, look.stderr
+    assert "evaluate" in look.stdout
 
 
 @pytest.mark.dist
