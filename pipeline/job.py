@@ -106,6 +106,11 @@ class Out:
         self._metrics = job.work / "metrics.jsonl"
         self._samples = job.work / "samples.jsonl"
 
+    def spend(self, what: str, seconds: float) -> None:
+        """Add to what the step spent on something beside its work: `checkpoint_seconds` in its cost."""
+        key = f"{what}_seconds"
+        self.cost[key] = round(self.cost.get(key, 0.0) + seconds, 3)
+
     def say(self, text: str) -> None:
         """A line for people, from rank 0, on stderr."""
         if self.rank == 0:

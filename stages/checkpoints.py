@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,10 +50,12 @@ class Checkpointer:
         self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]
     ) -> None:
         """Write a checkpoint (rank 0), wait until it is on disk, then delete the oldest ones."""
+        started = time.perf_counter()
         if self._out.rank == 0:
             self._write(step, tensors, state)
         if self._accelerator is not None:
             self._accelerator.wait_for_everyone()
+        self._out.spend("checkpoint", time.perf_counter() - started)
 
     def _write(
         self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,7 @@ class LineCallback(TrainerCallback):  # type: ignore[misc]  # transformers does 
         self.stopped = False
         self.last: Metrics = {}
         self.evaluated: Metrics = {}
+        self._worked_until = time.perf_counter()
 
     def read_extra(self, checkpoint: Path) -> None:
         """Take back what `extra` had put into a checkpoint."""
@@ -154,6 +156,7 @@ class LineCallback(TrainerCallback):  # type: ignore[misc]  # transformers does 
             self.stopped = True
             control.should_training_stop = True
         control.should_save = self.stopped or row % self._schedule.save_every == 0
+        self._worked_until = time.perf_counter()
 
     def on_log(
         self,
@@ -176,6 +179,7 @@ class LineCallback(TrainerCallback):  # type: ignore[misc]  # transformers does 
         self.last = row
         self._out.log(number, row)
         self._out.progress(number, self._schedule.rows, self._schedule.unit)
+        self._worked_until = time.perf_counter()
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -188,6 +192,8 @@ class LineCallback(TrainerCallback):  # type: ignore[misc]  # transformers does 
                 self._extra.write(folder)
             commit(folder, self._schedule.keep)
         PartialState().wait_for_everyone()
+        # the Trainer logs, saves its own files and then calls this
+        self._out.spend("checkpoint", time.perf_counter() - self._worked_until)
 
 
 def _any_rank(flag: bool, device: torch.device) -> bool:

@@ -89,6 +89,13 @@ def test_the_metrics_that_are_promised_are_in_the_manifest(whole: Path) -> None:
     assert metrics["win_rate_low"] <= metrics["win_rate_vs_sft"] <= metrics["win_rate_high"]
 
 
+def test_the_ledger_says_what_checkpoints_took(whole: Path) -> None:
+    for name in ("pretrain", "sft", "reward", "ppo"):
+        work = whole / name / (whole / name / "latest").read_text().strip()
+        cost = json.loads((work / "manifest.json").read_text())["cost"]
+        assert 0 < cost["checkpoint_seconds"] < cost["seconds"], name
+
+
 def test_a_finished_run_does_nothing_and_says_so(whole: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in whole.rglob("manifest.json")}
     answer = prefline("resume", str(whole))
