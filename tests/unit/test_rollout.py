@@ -19,6 +19,7 @@ from stages.rollout import (
     mean_repetition,
     over_responses,
     response_logprobs,
+    rows_to_score,
     score_all,
 )
 from tests.tiny_models import EOS, KINDS, PAD, in_float64, tiny_model, tiny_reward_model
@@ -85,6 +86,37 @@ def test_a_response_without_tokens_is_our_mistake() -> None:
 
 
 # ---- logprobs ------------------------------------------------------------------------------
+
+
+def test_the_padding_comes_off_again() -> None:
+    batch = batch_of()
+    assert batch.as_lists(batch.responses_BR) == RESPONSES
+    with pytest.raises(ValueError, match="longer"):
+        batch.as_lists(batch.responses_BR[:-1])
+
+
+def test_prompts_and_responses_must_be_as_many() -> None:
+    with pytest.raises(ValueError, match="longer"):
+        make_sequences([[5]], [[6], [7]], PAD, CPU)
+
+
+def test_a_response_that_was_cut_is_scored_with_an_end_token() -> None:
+    rows, is_cut = rows_to_score([[5], [6, 7]], [[8, EOS], [EOS, 9]], EOS)
+    assert rows == [[5, 8, EOS], [6, 7, EOS, 9, EOS]]
+    assert is_cut == [False, True]
+
+
+def test_all_is_made_on_the_device_that_was_given_and_not_on_the_default_one() -> None:
+    model, reward_model = tiny_model("llama"), tiny_reward_model("llama")
+    with torch.device("meta"):
+        batch = batch_of()
+        made = [*batch, *batch.rows([0, 2]), batch.valid_BR, batch.predict_BR, batch.predicts_BT]
+        logprobs_BR, entropy_BR = response_logprobs(model, batch, TEMPERATURE, with_entropy=True)
+        assert entropy_BR is not None
+        rows = [p + r for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+        made += [logprobs_BR, entropy_BR, score_all(reward_model, rows, PAD, CPU)]
+        made.append(over_responses(lambda b: response_logprobs(model, b, 1.0)[0], batch))
+    assert {x.device for x in made} == {CPU}
 
 
 @both
