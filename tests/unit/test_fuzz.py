@@ -112,7 +112,7 @@ def try_override(folder, key, value):
     path = folder / "tiny.yaml"
     path.write_text(CONFIGS["tiny.yaml"])
     code, text = dry_run(str(path), f"run.dir={folder / 'run'}", f"{key}={value}")
-    check_told(code, text, key.strip())
+    check_told(code, text, key.strip(), "command line: ")
     assert not (folder / "run").exists()
 
 
