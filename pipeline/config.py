@@ -162,9 +162,10 @@ def _apply_override(override: str, values: dict[str, Any], sources: Sources) -> 
 def _describe(problem: Any, model: type[BaseModel], sources: Sources) -> str:
     loc = tuple(str(part) for part in problem["loc"])
     key = ".".join(loc) or "settings"
-    where = next(
-        (sources[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in sources), "default"
-    )
+    # where it was given itself, or the section around it; or, of an unknown section, what it holds
+    places = [loc[:n] for n in range(len(loc), 0, -1)]
+    places += [place for place in sources if place[: len(loc)] == loc]
+    where = next((sources[place] for place in places if place in sources), "default")
     if problem["type"] == "extra_forbidden":
         message = "unknown key"
         suggestion = suggest(loc, model)

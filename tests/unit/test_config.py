@@ -28,6 +28,11 @@ def test_all_problems_are_reported_at_once_each_with_its_place(tmp_path):
     assert "[command line]" in message
 
 
+def test_an_unknown_section_on_the_command_line_is_placed_there(tmp_path):
+    message = problem(tmp_path, "model: {base: ./m}\n", "0.lr=1")
+    assert "0: unknown key  [command line]" in message
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
