@@ -8,9 +8,14 @@ const tool = (text, name) => button(text, {class: 'quiet', 'aria-expanded': 'fal
 const openers = {guide: tool('Guidelines', 'guide'), last: tool('My last ten', 'last')};
 const helpButton = button('Keys', {class: 'quiet', 'aria-haspopup': 'dialog', onclick: () => help.showModal()});
 helpButton.append(el('kbd', {}, '?'));
+const leadLink = el('a', {class: 'quiet', href: '/lead/'}, 'Lead page');
 const title = el('h1', {class: 'unseen'}, 'Rank responses');
 places.tools.replaceChildren(title, el('span', {class: 'name'}, 'prefline'), progress, counted,
   el('span', {class: 'grow'}), looks, openers.guide, openers.last, helpButton);
+const drawLead = () => {
+  if (task.lead) places.tools.append(leadLink);
+  else leadLink.remove();
+};
 const drawProgress = () => {
   progress.max = Math.max(1, task.done + task.left);
   progress.value = task.done;
