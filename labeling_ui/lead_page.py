@@ -114,7 +114,7 @@ def _overview_tab() -> tuple[list[Any], gr.Button]:
             left_out = table(lead_tables.LEFT_OUT, "Answers by use", widths=["75%", "25%"])
         with gr.Column():
             gr.Markdown("## Who works on what now")
-            leases = table(lead_tables.LEASES, "Leases")
+            leases = table(lead_tables.LEASES, "Leases", widths=lead_tables.LEASE_WIDTHS)
             with gr.Row(elem_classes="lead-act"):
                 lease = choice("A lease that is stuck")
                 release = gr.Button("Release it", size="sm")
@@ -135,7 +135,7 @@ def _annotators_tab() -> tuple[list[Any], gr.Button, gr.Button]:
         " accuracy counts most. Behind a share stand its 95 % interval and the number of prompts; a"
         " wide interval says: wait for more."
     )
-    widths = [f"{width}px" for width in lead_tables.ANNOTATOR_WIDTHS]
+    widths = lead_tables.ANNOTATOR_WIDTHS
     people = table(lead_tables.ANNOTATORS, "Annotators", widths=widths, pinned=1, wrap=False)
     with gr.Row(elem_classes="lead-act"):
         person = choice("Annotator")

@@ -26,7 +26,9 @@ ANNOTATORS = [
     "Agreement with others", "Self-consistency", "Ties", "Median s", "First place wins", "Last label",
 ]  # fmt: skip
 # pixels: on a telephone the columns keep them and the table moves under its first one
-ANNOTATOR_WIDTHS = [150, 90, 80, 90, 100, 80, 185, 200, 190, 70, 90, 240, 150]
+LEASE_WIDTHS = [120, 165, 155, 155]
+QUEUE_WIDTHS = [90, 90, 85, 90, 170, 140, 110, 120]
+ANNOTATOR_WIDTHS = [150, 85, 75, 90, 100, 75, 150, 180, 150, 65, 90, 230, 150]
 SAID_WIDTHS = [130, 150, 100, 100, 150, 240, 100, 240, 80, 150]
 PROMPTS = ["Id", "Prompt", "Kind", "Rankings", "Disagreement", "Flags", "Comments"]
 SAID = [

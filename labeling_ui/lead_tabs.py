@@ -50,7 +50,7 @@ def table(
     headers: list[str],
     label: str,
     *,
-    widths: Sequence[str] | None = None,
+    widths: Sequence[str | int] = (),
     pinned: int | None = None,
     wrap: bool = True,
     max_chars: int | None = None,
@@ -65,7 +65,7 @@ def table(
         interactive=False,
         wrap=wrap,
         pinned_columns=pinned,
-        column_widths=list(widths) if widths else None,
+        column_widths=list(widths) or None,
         max_chars=max_chars,
         buttons=[],
         elem_classes="lead-table",
@@ -123,7 +123,7 @@ def _prompt_area(handlers: Handlers) -> Load:
     with gr.Column(visible=False, elem_id="one-prompt") as area:
         task = gr.Textbox(label="Prompt", interactive=False, visible="hidden")
         shown = gr.Markdown(elem_classes="lead-text", latex_delimiters=[])
-        widths = [f"{width}px" for width in lead_tables.SAID_WIDTHS]
+        widths = lead_tables.SAID_WIDTHS
         said = table(lead_tables.SAID, "What annotators said", widths=widths, pinned=1)
         known = gr.Markdown(
             "### Known answer\nA rank for each response in the order above; 1 is best. Select a row"
@@ -242,7 +242,7 @@ def guidelines_tab(handlers: Handlers) -> Load:
 
 def queues_tab(handlers: Handlers) -> Queues:
     gr.Markdown("## Queues\nWhat is changed here stays when the line is resumed.")
-    listed = table(lead_tables.QUEUES, "Queues", pinned=1)
+    listed = table(lead_tables.QUEUES, "Queues", widths=lead_tables.QUEUE_WIDTHS, pinned=1)
     with gr.Row(elem_classes="lead-act"):
         step = choice("Queue")
         fields = [

@@ -477,6 +477,9 @@ def test_a_dot_stands_where_its_value_is_and_a_bar_is_as_high_as_its_count():
     bars = lead_charts.pace_chart(Pace(3600, (0.0, 3600.0), (4, 2)))
     assert 'height="118.0"' in bars
     assert 'height="59.0"' in bars
+    # ten empty hours before: two bars as wide as the page would say nothing of the pace
+    assert bars.count("<rect") == 12
+    assert "31 Dec 14" in bars
 
 
 def test_every_row_of_a_table_fits_its_headings(book):
