@@ -11,9 +11,10 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from labeling_ui.counting import Queue
 from labeling_ui.display import visible
 from labeling_ui.judgements import Estimate
-from labeling_ui.store_counts import Pace, Queue, Times
+from labeling_ui.pace import Pace, Times
 
 MOST_ROWS = 30
 _LONGEST_NAME = 40
@@ -52,18 +53,19 @@ def tiles(values: Sequence[tuple[str, str, str]]) -> str:
 
 
 def coverage(queues: Sequence[Queue]) -> str:
-    """A bar per queue: places filled, of all that are wanted."""
+    """A bar per queue: rankings in, of those that it takes for the line to go on."""
     rows = []
     for queue in (queue for queue in queues if queue.tasks):
-        share = queue.filled / queue.wanted
+        share = min(1.0, queue.rankings / queue.needed) if queue.needed else 1.0
         state = "frozen" if queue.frozen else "open" if queue.open else "closed"
         bar = (
             '<svg class="lead-bar" aria-hidden="true"><rect class="track" width="100%" height="14" rx="4"/>'
             f'<rect class="blue" width="{100 * share:.2f}%" height="14" rx="4"/></svg>'
         )
         said = (
-            f"{queue.filled} of {queue.wanted} rankings ({share:.0%}); {queue.finished} of"
-            f" {queue.tasks} prompts finished, {queue.begun} begun"
+            f"{queue.rankings} of {queue.needed} rankings; {queue.finished} of {queue.tasks} prompts"
+            f" finished, {queue.begun} begun"
+            + (f"; {queue.unrankable} times nothing to rank" if queue.unrankable else "")
         )
         rows.append(
             f'<tr><th scope="row">{text(queue.step)}<small>{state}</small></th>'
@@ -71,7 +73,7 @@ def coverage(queues: Sequence[Queue]) -> str:
         )
     if not rows:
         return _empty("No queue has prompts yet.")
-    caption = "Coverage: rankings in, of overlap × prompts"
+    caption = "Coverage: rankings in, of those that the line waits for"
     return _table(caption, rows)
 
 

@@ -439,4 +439,12 @@ def test_stats_count_what_people_did(run, capsys):
     skip(store, user, claim(store, user, NOW).token, "broken", NOW)
     assert labels.main([str(run), "stats"]) == 0
     stats = json.loads(capsys.readouterr().out)
-    assert (stats["rankings"], stats["skipped"], stats["prompts"]) == (8, 1, 5)
+    assert (stats["rankings"], stats["left_out"], stats["prompts"]) == (
+        8,
+        {"skipped: broken": 1},
+        5,
+    )
+    (queue,) = stats["queues"]
+    assert (queue["filled"], queue["unrankable"], queue["wanted"]) == (9, 1, 10)
+    alice, bob = stats["people"]
+    assert (alice["rankings"], alice["skipped"], bob["rankings"]) == (4, 1, 4)
