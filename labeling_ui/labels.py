@@ -25,12 +25,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from labeling_ui.aggregate import MODES
+from labeling_ui.candidates import Kind
 from labeling_ui.counting import count
 from labeling_ui.export_files import FORMATS, Counts, Options, export_file, export_folder
 from labeling_ui.forgetting import forget
 from labeling_ui.importing import import_rankings
 from labeling_ui.progress import tell_progress
-from labeling_ui.queueing import Kind, queue
+from labeling_ui.queueing import queue
 from labeling_ui.store import Store, open_run_store
 from pipeline.config import load_settings
 from pipeline.errors import EXIT_DONE, DataError, ToolkitError
