@@ -82,6 +82,7 @@ for (const [name, side] of Object.entries(sides)) {
     button('Close', {class: 'quiet', onclick: () => openSide(name, false)}));
 }
 const isOpen = (name) => sides[name].classList.contains('open');
+let openedWithKeys = false;
 const openSide = (name, open = !isOpen(name)) => {
   for (const other of Object.keys(sides)) {
     const now = other === name && open;
@@ -89,7 +90,13 @@ const openSide = (name, open = !isOpen(name)) => {
     openers[other].setAttribute('aria-expanded', String(now));
   }
   app.classList.toggle('beside', open);
-  if (!open) { openers[name].focus(); return; }
+  if (!open) {
+    // who came with keys goes back to the button; after a click, Enter must not open it once more
+    if (openedWithKeys) openers[name].focus();
+    else document.activeElement.blur();
+    return;
+  }
+  openedWithKeys = !clicked;
   if (name === 'guide') { readVersion = task.guidelines.version; drawNotices(); }
   else askRecent();
   sides[name].focus({preventScroll: true});
