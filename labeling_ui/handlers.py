@@ -12,7 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from labeling_ui import administration, assignments, board, changes, display, progress
+from labeling_ui import administration, assignments, board, changes, display, progress, submitting
 from labeling_ui.assignments import Assignment
 from labeling_ui.changes import Recent
 from labeling_ui.display import Shown
@@ -79,7 +79,7 @@ class Handlers:
     def _act(self, user_id: int, asked: dict[str, Any]) -> str:
         token, what = _text(asked.get("token")), asked.get("do")
         if what == "submit":
-            saved = assignments.submit(
+            saved = submitting.submit(
                 self.store,
                 user_id,
                 token,
@@ -88,7 +88,7 @@ class Handlers:
                 active_seconds=asked.get("active"),
             )
         elif what == "skip":
-            saved = assignments.skip(self.store, user_id, token, _text(asked.get("reason")))
+            saved = submitting.skip(self.store, user_id, token, _text(asked.get("reason")))
         elif what == "reopen":
             if token:
                 assignments.save_draft(self.store, user_id, token, asked, _revision(asked))
