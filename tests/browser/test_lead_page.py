@@ -9,9 +9,10 @@ from selenium.webdriver.common.keys import Keys
 
 from labeling_ui.accounts import find_user
 from labeling_ui.administration import set_guidelines
-from labeling_ui.assignments import claim, submit
+from labeling_ui.assignments import claim
 from labeling_ui.schema import tasks
 from labeling_ui.store import ensure_user
+from labeling_ui.submitting import submit
 from tests.browser.checks import is_dark, outside_requests, sticks_out, violations
 
 pytestmark = pytest.mark.browser

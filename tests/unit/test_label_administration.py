@@ -16,14 +16,16 @@ from labeling_ui.administration import (
     resume_annotator,
     set_guidelines,
 )
-from labeling_ui.assignments import claim, guidelines_version, submit
+from labeling_ui.assignments import claim, guidelines_version
 from labeling_ui.exporting import snapshot
 from labeling_ui.forms import Refused
 from labeling_ui.gold import import_gold, make_gold, retire_gold
 from labeling_ui.handout import next_task
 from labeling_ui.progress import progress
 from labeling_ui.schema import assignments, events, guidelines, queues, tasks, users
-from labeling_ui.store import Store, insert_new, log_event, task_row
+from labeling_ui.store import Store, insert_new, log_event
+from labeling_ui.submitting import submit
+from tests.label_work import add_people, queue_prompts
 
 NOW = 1_000_000.0
 
@@ -32,20 +34,8 @@ NOW = 1_000_000.0
 def place(tmp_path):
     """A store with 3 prompts, a lead and two annotators: (store, lead, ann, bob)."""
     store = Store(tmp_path / "labels.db")
-    rows = [
-        task_row([{"role": "user", "content": f"prompt {i}"}], ["a", "b", "c"], round=1,
-                 origin="t", step="rank")
-        for i in range(3)
-    ]  # fmt: skip
-    queue = {"step": "rank", "by": "people", "overlap": 1, "lease_minutes": 30, "open": True}
-    with store.write() as tx:
-        insert_new(tx, queues, [queue])
-        insert_new(tx, tasks, rows)
-        for name, role in (("lea", "lead"), ("ann", "annotator"), ("bob", "annotator")):
-            row = {"kind": "person", "name": name, "role": role, "created": NOW}
-            insert_new(tx, users, [row])
-        ids = list(tx.execute(sa.select(users.c.id).order_by(users.c.id)).scalars())
-    return (store, *ids)
+    queue_prompts(store)
+    return (store, *add_people(store, "lea", "ann", "bob", leads=["lea"]))
 
 
 def queue_of(store):

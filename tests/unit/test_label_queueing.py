@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from labeling_ui import labels
 from labeling_ui.accounts import add_user
-from labeling_ui.assignments import claim, submit
+from labeling_ui.assignments import claim
 from labeling_ui.exporting import snapshot
 from labeling_ui.gold import import_gold
 from labeling_ui.importing import import_rankings
@@ -18,6 +18,7 @@ from labeling_ui.queueing import queue
 from labeling_ui.schema import queues, tasks, users
 from labeling_ui.screening import clean, identity_words, warnings
 from labeling_ui.store import EXTRA, WRITE, Store, insert_new
+from labeling_ui.submitting import submit
 from pipeline.errors import DataError
 from pipeline.formats import Unusable
 from pipeline.records import Prompt, Response, SampleGroup, write_jsonl

@@ -7,12 +7,13 @@ import pytest
 import sqlalchemy as sa
 
 from labeling_ui import rank
-from labeling_ui.assignments import claim, submit
+from labeling_ui.assignments import claim
 from labeling_ui.exporting import pseudonyms
 from labeling_ui.importing import import_rankings
 from labeling_ui.progress import tell_progress
 from labeling_ui.schema import queues, tasks, users
 from labeling_ui.store import Store, insert_new, task_row
+from labeling_ui.submitting import submit
 from pipeline import demo_world
 from pipeline.errors import DataError, PeopleNeeded, StageError
 from pipeline.job import Input, Job, Out
