@@ -266,7 +266,8 @@ def _at_most(limit: Any, count: Any) -> Any:
 
 
 def _total(of: Any) -> Any:
-    return sa.func.coalesce(sa.func.sum(of), 0)
+    # PostgreSQL sums to a Decimal
+    return sa.cast(sa.func.coalesce(sa.func.sum(of), 0), sa.BigInteger)
 
 
 # ---- people --------------------------------------------------------------------------------
