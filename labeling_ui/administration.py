@@ -44,9 +44,14 @@ def acting(store: Store, user_id: int) -> Iterator[Connection]:
 
 def check_lead(tx: Connection, user_id: int) -> None:
     """Refuse everybody but an active lead."""
-    found = active_user(tx, user_id)
-    if found is None or found.kind != "person" or found.role != "lead":
+    if not is_lead(tx, user_id):
         raise Refused("Only a lead may do this.")
+
+
+def is_lead(tx: Connection, user_id: int) -> bool:
+    """Whether somebody is an active lead now."""
+    found = active_user(tx, user_id)
+    return found is not None and found.kind == "person" and found.role == "lead"
 
 
 # ---- guidelines ----------------------------------------------------------------------------

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from labeling_ui.judgements import (
+    Block,
     Estimate,
     Floats,
     Ints,
@@ -62,14 +64,13 @@ class PositionBias:
 def agreement(judgements: Sequence[Judgement], seed: int = 0) -> Agreement:
     """All three measures, with intervals over prompts."""
     voices = _overlapping(judgements)
-    tied = sum(len(set(voice.ranks or ())) == 1 for voice in voices)
     return Agreement(
-        pairwise=pairwise_agreement(voices, seed),
-        tau=kendall_tau(voices, seed),
-        alpha=ranks_alpha(voices, seed),
-        tasks=len({voice.task.id for voice in voices}),
-        annotators=len({voice.annotator for voice in voices}),
-        all_tied=tied,
+        pairwise=_pairwise(voices, seed),
+        tau=_tau(voices, seed),
+        alpha=_ranks_alpha(voices, seed),
+        tasks=voices.tasks,
+        annotators=voices.annotators,
+        all_tied=sum(int((np.ptp(block.ranks_NK, axis=1) == 0).sum()) for block in voices.blocks),
     )
 
 
@@ -78,19 +79,7 @@ def pairwise_agreement(judgements: Sequence[Judgement], seed: int = 0) -> Estima
 
     Chance is 0.5. `count` is the number of comparisons. None where there is none.
     """
-    voices = _overlapping(judgements)
-    prompt_N, prompts = codes([voice.task.prompt_id for voice in voices])
-    sums_PC = np.zeros((prompts, 2))
-    for block in blocks(voices):
-        task_N, tasks = codes([voices[row].task.id for row in block.rows_N])
-        signs_NQ = pair_signs(block.ranks_NK)
-        first_TQ = sums_by(task_N, signs_NQ > 0, tasks)
-        second_TQ = sums_by(task_N, signs_NQ < 0, tasks)
-        both_TQ = first_TQ + second_TQ
-        same_T = (_twos(first_TQ) + _twos(second_TQ)).sum(1)
-        per_task = np.stack([same_T, _twos(both_TQ).sum(1)], axis=1)
-        sums_PC += sums_by(_prompt_of_task(task_N, prompt_N[block.rows_N]), per_task, prompts)
-    return ratio(sums_PC, seed)
+    return _pairwise(_overlapping(judgements), seed)
 
 
 def kendall_tau(judgements: Sequence[Judgement], seed: int = 0) -> Estimate | None:
@@ -100,20 +89,7 @@ def kendall_tau(judgements: Sequence[Judgement], seed: int = 0) -> Estimate | No
     pairs of annotators follows from the sum of their unit vectors. `count` is the number of pairs of
     rankings. Rankings that tie everything have no tau-b and are left out (`Agreement.all_tied`).
     """
-    voices = _overlapping(judgements)
-    prompt_N, prompts = codes([voice.task.prompt_id for voice in voices])
-    sums_PC = np.zeros((prompts, 2))
-    for block in blocks(voices):
-        task_N, tasks = codes([voices[row].task.id for row in block.rows_N])
-        signs_NQ = pair_signs(block.ranks_NK)
-        strict_N = np.count_nonzero(signs_NQ, axis=1)
-        unit_NQ = signs_NQ / np.sqrt(np.maximum(strict_N, 1))[:, None]
-        total_TQ = sums_by(task_N, unit_NQ, tasks)
-        defined_T = sums_by(task_N, (strict_N > 0)[:, None], tasks)[:, 0]
-        tau_T = ((total_TQ**2).sum(1) - defined_T) / 2
-        per_task = np.stack([tau_T, _twos(defined_T)], axis=1)
-        sums_PC += sums_by(_prompt_of_task(task_N, prompt_N[block.rows_N]), per_task, prompts)
-    return ratio(sums_PC, seed)
+    return _tau(_overlapping(judgements), seed)
 
 
 def ranks_alpha(judgements: Sequence[Judgement], seed: int = 0) -> Estimate | None:
@@ -123,23 +99,7 @@ def ranks_alpha(judgements: Sequence[Judgement], seed: int = 0) -> Estimate | No
     tasks with 2 and with 9 responses have the same mean rank: with bare numbers, random annotators
     of such a mixture would seem to agree.
     """
-    voices = _overlapping(judgements)
-    prompt_N, _ = codes([voice.task.prompt_id for voice in voices])
-    task_N, _ = codes([voice.task.id for voice in voices])
-    values, units, prompts = [], [], []
-    unit_start = 0
-    for block in blocks(voices):
-        size = block.ranks_NK.shape[1]
-        values.append((rankdata(block.ranks_NK, axis=1) - 0.5).ravel() / size)
-        first_unit_N = unit_start + task_N[block.rows_N] * size
-        units.append((first_unit_N[:, None] + np.arange(size)).ravel())
-        prompts.append(np.repeat(prompt_N[block.rows_N], size))
-        unit_start += (int(task_N.max()) + 1) * size
-    if not values:
-        return None
-    return ordinal_alpha(
-        np.concatenate(values), np.concatenate(units), np.concatenate(prompts), seed
-    )
+    return _ranks_alpha(_overlapping(judgements), seed)
 
 
 def ordinal_alpha(values_N: Floats, unit_N: Ints, prompt_N: Ints, seed: int = 0) -> Estimate | None:
@@ -208,8 +168,21 @@ def length_preference(judgements: Sequence[Judgement], seed: int = 0) -> Estimat
     return ratio(wins_PC, seed)
 
 
-def _overlapping(judgements: Sequence[Judgement]) -> list[Judgement]:
+# ---- parts ---------------------------------------------------------------------------------
+
+
+class _Voices(NamedTuple):
     """The rankings of tasks that two different annotators or more have ranked."""
+
+    blocks: list[Block]
+    task_N: Ints
+    tasks: int
+    prompt_T: Ints
+    prompts: int
+    annotators: int
+
+
+def _overlapping(judgements: Sequence[Judgement]) -> _Voices:
     voices = [found for found in judgements if found.ranks is not None and not found.repeat]
     heard: dict[str, set[str]] = {}
     for voice in voices:
@@ -218,18 +191,62 @@ def _overlapping(judgements: Sequence[Judgement]) -> list[Judgement]:
         annotators.add(voice.annotator)
     shared = [voice for voice in voices if len(heard[voice.task.id]) > 1]
     # sums of floats depend on the order in their last digit
-    return sorted(shared, key=lambda voice: (voice.task.id, voice.annotator))
+    shared.sort(key=lambda voice: (voice.task.id, voice.annotator))
+    task_N, tasks = codes([voice.task.id for voice in shared])
+    prompt_N, prompts = codes([voice.task.prompt_id for voice in shared])
+    prompt_T = np.zeros(tasks, dtype=np.int64)
+    prompt_T[task_N] = prompt_N
+    people = len({voice.annotator for voice in shared})
+    return _Voices(list(blocks(shared)), task_N, tasks, prompt_T, prompts, people)
+
+
+def _pairwise(voices: _Voices, seed: int) -> Estimate | None:
+    sums_TC = np.zeros((voices.tasks, 2))
+    for block in voices.blocks:
+        task_N = voices.task_N[block.rows_N]
+        signs_NQ = pair_signs(block.ranks_NK)
+        first_TQ = sums_by(task_N, signs_NQ > 0, voices.tasks)
+        second_TQ = sums_by(task_N, signs_NQ < 0, voices.tasks)
+        same_T = (_twos(first_TQ) + _twos(second_TQ)).sum(1)
+        sums_TC += np.stack([same_T, _twos(first_TQ + second_TQ).sum(1)], axis=1)
+    return ratio(sums_by(voices.prompt_T, sums_TC, voices.prompts), seed)
+
+
+def _tau(voices: _Voices, seed: int) -> Estimate | None:
+    sums_TC = np.zeros((voices.tasks, 2))
+    for block in voices.blocks:
+        task_N = voices.task_N[block.rows_N]
+        signs_NQ = pair_signs(block.ranks_NK)
+        strict_N = np.count_nonzero(signs_NQ, axis=1)
+        unit_NQ = signs_NQ / np.sqrt(np.maximum(strict_N, 1))[:, None]
+        total_TQ = sums_by(task_N, unit_NQ, voices.tasks)
+        defined_T = sums_by(task_N, (strict_N > 0)[:, None], voices.tasks)[:, 0]
+        tau_T = ((total_TQ**2).sum(1) - defined_T) / 2
+        sums_TC += np.stack([tau_T, _twos(defined_T)], axis=1)
+    return ratio(sums_by(voices.prompt_T, sums_TC, voices.prompts), seed)
+
+
+def _ranks_alpha(voices: _Voices, seed: int) -> Estimate | None:
+    values, units, prompts = [], [], []
+    unit_start = 0
+    for block in voices.blocks:
+        size = block.ranks_NK.shape[1]
+        task_N = voices.task_N[block.rows_N]
+        values.append((rankdata(block.ranks_NK, axis=1) - 0.5).ravel() / size)
+        first_unit_N = unit_start + task_N * size
+        units.append((first_unit_N[:, None] + np.arange(size)).ravel())
+        prompts.append(np.repeat(voices.prompt_T[task_N], size))
+        unit_start += voices.tasks * size
+    if not values:
+        return None
+    return ordinal_alpha(
+        np.concatenate(values), np.concatenate(units), np.concatenate(prompts), seed
+    )
 
 
 def _twos(count: Floats) -> Floats:
     """How many pairs can be made of `count` things."""
     return count * (count - 1) / 2
-
-
-def _prompt_of_task(task_N: Ints, prompt_N: Ints) -> Ints:
-    """The prompt of each task `[T]`, for codes of tasks without gaps."""
-    _, first_T = np.unique(task_N, return_index=True)
-    return prompt_N[first_T]
 
 
 def _wins(signs_NQ: NDArray[np.int8]) -> Ints:

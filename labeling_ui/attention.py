@@ -67,8 +67,8 @@ def _about_all(found: Overview) -> Iterator[str]:
     if any(queue.gold_rate > 0 for queue in is_open) and not counts.gold_items:
         yield "There is no known answer (gold) yet, so nobody's accuracy can be measured."
     for queue in is_open:
-        if queue.frozen and queue.filled < queue.wanted:
-            yield f"A queue is frozen with {queue.wanted - queue.filled} rankings missing."
+        if queue.frozen and queue.rankings < queue.needed:
+            yield f"A queue is frozen with {queue.needed - queue.rankings} rankings missing."
 
 
 def _about(own: AnnotatorQuality, all_: Statistics) -> Iterator[str]:

@@ -12,14 +12,17 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from labeling_ui.forms import MAX_RESPONSES
 from labeling_ui.layouts import parse
-from labeling_ui.screening import MAX_PROMPT, MAX_RESPONSE, clean
+from labeling_ui.screening import MAX_PROMPT, MAX_RESPONSE, clean, warnings
+from labeling_ui.store import EXTRA, WRITE, gold_id, task_row
 from pipeline.formats import Unusable, conversation, prompt_messages
-from pipeline.records import SPLITS, Message, content_id
+from pipeline.records import SPLITS, Message, canonical_json, content_id
 
+Kind = Literal["rank", "write", "gold"]
+QUEUES: dict[Kind, str | None] = {"rank": EXTRA, "write": WRITE, "gold": None}
 _NUMBERED = re.compile(r"(?:response|answer|completion|output)_?\d+")
 
 
@@ -130,6 +133,30 @@ def merged(
             notes[f"prompts left out: more than {MAX_RESPONSES} responses in all rows"] += 1
             continue
         yield row
+
+
+def to_task(found: Candidates, kind: Kind, notes: Counter[str]) -> dict[str, Any]:
+    """The row of `tasks`, its responses by place."""
+    row = task_row(
+        found.messages, list(found.responses), round=1, origin="hand", split=found.split, kind=kind
+    )
+    texts: list[str] = json.loads(row["responses"])
+    noticed = warnings(found.messages, texts)
+    notes.update(f"prompts or responses with {what} (kept)" for what, _ in noticed)
+    models = [sorted(found.responses[text]) for text in texts]
+    row |= {
+        "models": canonical_json(models) if any(models) else None,
+        "warnings": canonical_json([words for _, words in noticed]) if noticed else None,
+        "gold": canonical_json([found.ranks[text] for text in texts]) if kind == "gold" else None,
+        "step": QUEUES[kind],
+    }
+    if kind == "gold":
+        # the same responses may also be ranked as work
+        row["id"] = gold_id(row["prompt_id"], texts)
+    return row
+
+
+# ---- parts ---------------------------------------------------------------------------------
 
 
 def _prompt(row: dict[str, Any]) -> tuple[Message, ...]:

@@ -19,10 +19,10 @@ from labeling_ui.agreement import (
     length_preference,
     position_bias,
 )
+from labeling_ui.counting import Counts, count
 from labeling_ui.judgements import Estimate, Judgement
 from labeling_ui.quality import AnnotatorQuality, quality
 from labeling_ui.store import Store
-from labeling_ui.store_counts import Counts, count
 from labeling_ui.stored_judgements import Judgements
 
 KEPT_SECONDS = 15.0
@@ -77,11 +77,6 @@ class Dashboard:
                 end = time.monotonic()
                 self._until = end + max(KEPT_SECONDS, 10 * (end - start))
             return Overview(now, counts, self._last)
-
-
-def overview(store: Store) -> dict[str, Any]:
-    """The numbers of the lead's page, for `prefline labels RUN stats`."""
-    return Dashboard(store).overview().to_json()
 
 
 def statistics(judgements: list[Judgement], now: float) -> Statistics:

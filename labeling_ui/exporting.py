@@ -18,6 +18,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
+from labeling_ui.counting import why_left_out
 from labeling_ui.schema import assignments, rankings, tasks, users
 from labeling_ui.store import Store
 from pipeline.records import Message, Ranking, content_id, is_heldout
@@ -62,14 +63,8 @@ class Answer:
     @property
     def left_out(self) -> str | None:
         """Why this is no ranking that counts; None if it is one, or a written answer."""
-        if self.row.superseded_by is not None:
-            return "superseded"
-        if self.row.status in ("skipped", "all_bad"):
-            return str(self.row.status)
-        # known answers and repeats measure annotators, they teach nothing
-        if self.row.task_kind in ("gold", "repeat"):
-            return str(self.row.task_kind)
-        return "late" if self.row.late else None
+        row = self.row
+        return why_left_out(row.status, row.task_kind, row.superseded_by is not None, row.late)
 
     @property
     def counts(self) -> bool:

@@ -8,25 +8,26 @@ is corrected is corrected for everybody.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from labeling_ui.administration import acting
+from labeling_ui.candidates import to_gold, to_task
 from labeling_ui.forms import MAX_RESPONSES, Refused, dense
-from labeling_ui.layouts import parse
 from labeling_ui.schema import lot, tasks
-from labeling_ui.store import Store, gold_id, insert_new, log_event, task_row
+from labeling_ui.store import Store, gold_id, insert_new, log_event
 from pipeline.formats import Unusable
-from pipeline.records import Message, canonical_json
+from pipeline.records import canonical_json
 
 
 @dataclass
 class Imported:
-    """What an import of known answers did."""
+    """What an import of known answers did; stored: new, or with other ranks than before."""
 
     stored: int = 0
     unchanged: int = 0
@@ -51,33 +52,55 @@ def make_gold(store: Store, user_id: int, task: str, ranks: Sequence[object]) ->
         if found is None:
             raise Refused("Choose a prompt with responses that people rank.")
         responses = json.loads(found["responses"])
+        copy = gold_id(found["prompt_id"], responses)
+        gold = canonical_json(_ranks(ranks, len(responses)))
         # repeat_of leads back to the original
-        row = {**found, "origin": "lead", "repeat_of": task}
-        return _put(tx, user_id, row, _ranks(ranks, len(responses)))[0]
+        row = {**found, "id": copy, "kind": "gold", "gold": gold, "origin": "lead"}
+        row |= {"step": None, "repeat_of": task, "lot": lot(copy), "filled": 0}
+        row |= {"active": True, "priority": 0.0, "selection_probability": None}
+        put_gold(tx, user_id, row)
+        return copy
 
 
 def import_gold(store: Store, user_id: int, text: str) -> Imported:
-    """Known answers from JSONL, a row each: prompt (or messages) and responses with ranks.
-
-    The layout is that of groups in `labeling_ui.layouts`. The same row again changes nothing; other
-    ranks for the same responses replace those that were there.
-    """
+    """Known answers from JSONL, a row each: a ranking in any layout of `labeling_ui.layouts`."""
     report = Imported()
     with acting(store, user_id) as tx:
         for number, line in enumerate(text.splitlines(), 1):
             if not line.strip():
                 continue
             try:
-                row, ranks = _row_of(line)
-            except (Unusable, Refused) as error:
+                row = to_task(to_gold(_parsed(line)), "gold", Counter())
+            except Unusable as error:
                 report.refused.append(f"line {number}: {error}")
                 continue
-            is_new = _put(tx, user_id, row, ranks)[1]
-            report.stored += is_new
-            report.unchanged += not is_new
+            done = put_gold(tx, user_id, row)
+            report.stored += done != "unchanged"
+            report.unchanged += done == "unchanged"
     if not (report.stored or report.unchanged or report.refused):
         raise Refused("There is no row: write one JSON object on each line.")
     return report
+
+
+def put_gold(
+    tx: Connection, user_id: int | None, row: Mapping[str, Any], dry_run: bool = False
+) -> Literal["new", "changed", "unchanged"]:
+    """Store a row of `tasks` of the kind gold, and what that did. The same row again changes nothing;
+    other ranks for the same responses replace those that were there, and a retired one is used again.
+
+    Args:
+        user_id: the lead who wants it; None for the command line.
+    """
+    task, gold = row["id"], row["gold"]
+    before = tx.execute(sa.select(tasks.c.gold, tasks.c.active).where(tasks.c.id == task)).first()
+    if before is not None and before.gold == gold and before.active:
+        return "unchanged"
+    if not dry_run:
+        insert_new(tx, tasks, [row])
+        tx.execute(sa.update(tasks).where(tasks.c.id == task).values(gold=gold, active=True))
+        old = json.loads(before.gold) if before is not None else None
+        log_event(tx, "gold", user_id, task, ranks=[old, json.loads(gold)])
+    return "new" if before is None else "changed"
 
 
 def retire_gold(store: Store, user_id: int, task: str, active: bool = False) -> bool:
@@ -97,39 +120,11 @@ def retire_gold(store: Store, user_id: int, task: str, active: bool = False) -> 
 # ---- parts ---------------------------------------------------------------------------------
 
 
-def _put(
-    tx: Connection, user_id: int, row: Mapping[str, Any], ranks: list[int]
-) -> tuple[str, bool]:
-    """Store a known answer; its id, and whether anything changed."""
-    responses = json.loads(row["responses"])
-    task = gold_id(row["prompt_id"], responses)
-    gold = canonical_json(ranks)
-    before = tx.execute(sa.select(tasks.c.gold, tasks.c.active).where(tasks.c.id == task)).first()
-    if before is not None and before.gold == gold and before.active:
-        return task, False
-    own = {"id": task, "kind": "gold", "gold": gold, "active": True, "step": None}
-    own |= {"lot": lot(task), "filled": 0, "priority": 0.0, "selection_probability": None}
-    insert_new(tx, tasks, [{**row, **own}])
-    tx.execute(sa.update(tasks).where(tasks.c.id == task).values(gold=gold, active=True))
-    old = json.loads(before.gold) if before is not None else None
-    log_event(tx, "gold", user_id, task, ranks=[old, ranks])
-    return task, True
-
-
-def _row_of(line: str) -> tuple[dict[str, Any], list[int]]:
-    """A row of `tasks` and its ranks, in stored order."""
+def _parsed(line: str) -> Any:
     try:
-        value = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError):
         raise Unusable("this is no JSON") from None
-    if not isinstance(value, dict) or not isinstance(value.get("responses"), list):
-        raise Unusable("it has no list of responses")
-    found = parse(value)
-    messages: list[Message] = list(found.messages)
-    row = task_row(messages, found.responses, round=1, origin="import")
-    rank_of = dict(zip(found.responses, found.ranks, strict=True))
-    ranks = [rank_of[text] for text in json.loads(row["responses"])]
-    return row, _ranks(ranks, len(ranks))
 
 
 def _ranks(ranks: Sequence[object], count: int) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from labeling_ui import assignments, board, changes, display, progress
+from labeling_ui import administration, assignments, board, changes, display, progress, submitting
 from labeling_ui.assignments import Assignment
 from labeling_ui.changes import Recent
 from labeling_ui.display import Shown
@@ -61,6 +61,8 @@ class Handlers:
             "left": max(0, left),
             "busy": busy,
             "guidelines": guide,
+            # only a lead is shown the way to their page
+            "lead": self._is_lead(user_id),
         }
         return View(value, turns, _responses(work), text)
 
@@ -77,7 +79,7 @@ class Handlers:
     def _act(self, user_id: int, asked: dict[str, Any]) -> str:
         token, what = _text(asked.get("token")), asked.get("do")
         if what == "submit":
-            saved = assignments.submit(
+            saved = submitting.submit(
                 self.store,
                 user_id,
                 token,
@@ -86,7 +88,7 @@ class Handlers:
                 active_seconds=asked.get("active"),
             )
         elif what == "skip":
-            saved = assignments.skip(self.store, user_id, token, _text(asked.get("reason")))
+            saved = submitting.skip(self.store, user_id, token, _text(asked.get("reason")))
         elif what == "reopen":
             if token:
                 assignments.save_draft(self.store, user_id, token, asked, _revision(asked))
@@ -126,6 +128,10 @@ class Handlers:
     def recent(self, name: str) -> list[Recent]:
         """This person's last answers that they may still change."""
         return changes.recent(self.store, self.user_id(name))
+
+    def _is_lead(self, user_id: int) -> bool:
+        with self.store.read() as tx:
+            return administration.is_lead(tx, user_id)
 
     def _guidelines(self, user_id: int, known: object) -> tuple[dict[str, Any], str | None]:
         """The version in force and whether this person has worked by it; and its text."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,8 +101,8 @@ def pair_signs(ranks_NK: NDArray[Any]) -> NDArray[np.int8]:
 def codes(keys: Sequence[str]) -> tuple[Ints, int]:
     """A number for each key, and how many different ones there are; by sorted key, so that what is
     drawn from them does not depend on the order of the input."""
-    found, code_N = np.unique(np.array(keys, dtype=object), return_inverse=True)
-    return code_N.astype(np.int64), len(found)
+    code_of = {key: code for code, key in enumerate(sorted(set(keys)))}
+    return np.fromiter(map(code_of.__getitem__, keys), np.int64, len(keys)), len(code_of)
 
 
 def sums_by(code_N: Ints, values_NC: NDArray[Any], size: int) -> Floats:
@@ -122,16 +123,25 @@ def bootstrap(
         sums_PC: what each prompt adds to each column.
         statistic: from sums `[D, C]` to values `[D]`; NaN where a draw says nothing.
     """
-    rng = np.random.default_rng(seed)
-    drawable = _in_bags(sums_PC, rng)
-    picks = rng.integers(0, len(drawable), size=(DRAWS, len(drawable)))
-    drawn = np.stack([np.bincount(row, minlength=len(drawable)) @ drawable for row in picks])
+    drawable = _in_bags(sums_PC, seed)
+    drawn = _draws(len(drawable), seed).astype(float) @ drawable
     low, high = np.nanpercentile(statistic(drawn), [2.5, 97.5])
     value = float(statistic(sums_PC.sum(0, keepdims=True))[0])
     return Estimate(value, float(low), float(high), round(count), len(sums_PC))
 
 
-def _in_bags(sums_PC: Floats, rng: np.random.Generator) -> Floats:
+# with many prompts all statistics have the same number of bags: drawn once, they take a tenth
+@lru_cache(maxsize=8)
+def _draws(prompts: int, seed: int) -> NDArray[np.int16]:
+    """How often each draw with replacement takes each prompt, `[D, P]`."""
+    picks_DP = np.random.default_rng(seed).integers(0, prompts, size=(DRAWS, prompts))
+    picks_DP += np.arange(DRAWS)[:, None] * prompts
+    times = np.bincount(picks_DP.ravel(), minlength=DRAWS * prompts)
+    times_DP: NDArray[np.int16] = times.reshape(DRAWS, prompts).astype(np.int16)
+    return times_DP
+
+
+def _in_bags(sums_PC: Floats, seed: int) -> Floats:
     """Prompts added up at random to at most `MOST_DRAWN` bags of nearly equal size.
 
     Sums of independent prompts are independent too, so drawing bags gives the same interval (its
@@ -141,7 +151,9 @@ def _in_bags(sums_PC: Floats, rng: np.random.Generator) -> Floats:
     if prompts <= MOST_DRAWN:
         return sums_PC
     bag_P = np.arange(prompts) * MOST_DRAWN // prompts
-    return sums_by(bag_P, sums_PC[rng.permutation(prompts)], MOST_DRAWN)
+    # another stream than that of the draws
+    mixed_P = np.random.default_rng([seed, 1]).permutation(prompts)
+    return sums_by(bag_P, sums_PC[mixed_P], MOST_DRAWN)
 
 
 def ratio(sums_PC: Floats, seed: int) -> Estimate | None:

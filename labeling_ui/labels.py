@@ -19,17 +19,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from labeling_ui.aggregate import MODES
-from labeling_ui.counting import stats
+from labeling_ui.candidates import Kind
+from labeling_ui.counting import count
 from labeling_ui.export_files import FORMATS, Counts, Options, export_file, export_folder
 from labeling_ui.forgetting import forget
 from labeling_ui.importing import import_rankings
 from labeling_ui.progress import tell_progress
-from labeling_ui.queueing import Kind, queue
+from labeling_ui.queueing import queue
 from labeling_ui.store import Store, open_run_store
 from pipeline.config import load_settings
 from pipeline.errors import EXIT_DONE, DataError, ToolkitError
@@ -193,7 +195,9 @@ def _written(counts: Counts) -> list[str]:
 
 
 def _stats(store: Store, _given: argparse.Namespace, _rank: RankSettings) -> None:
-    print(json.dumps(stats(store), indent=1, ensure_ascii=False))
+    with store.read() as tx:
+        found = count(tx, time.time())
+    print(json.dumps(found.to_json(), indent=1, ensure_ascii=False))
 
 
 def _backup(store: Store, given: argparse.Namespace, _rank: RankSettings) -> None:

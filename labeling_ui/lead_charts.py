@@ -11,12 +11,14 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from labeling_ui.counting import Queue
 from labeling_ui.display import visible
 from labeling_ui.judgements import Estimate
-from labeling_ui.store_counts import Pace, Queue, Times
+from labeling_ui.pace import Pace, Times
 
 MOST_ROWS = 30
 _LONGEST_NAME = 40
+_FEWEST_BARS = 12
 _HEIGHT, _TOP, _BOTTOM = 150, 10, 22
 
 
@@ -51,18 +53,19 @@ def tiles(values: Sequence[tuple[str, str, str]]) -> str:
 
 
 def coverage(queues: Sequence[Queue]) -> str:
-    """A bar per queue: places filled, of all that are wanted."""
+    """A bar per queue: rankings in, of those that it takes for the line to go on."""
     rows = []
     for queue in (queue for queue in queues if queue.tasks):
-        share = queue.filled / queue.wanted
+        share = min(1.0, queue.rankings / queue.needed) if queue.needed else 1.0
         state = "frozen" if queue.frozen else "open" if queue.open else "closed"
         bar = (
             '<svg class="lead-bar" aria-hidden="true"><rect class="track" width="100%" height="14" rx="4"/>'
             f'<rect class="blue" width="{100 * share:.2f}%" height="14" rx="4"/></svg>'
         )
         said = (
-            f"{queue.filled} of {queue.wanted} rankings ({share:.0%}); {queue.finished} of"
-            f" {queue.tasks} prompts finished, {queue.begun} begun"
+            f"{queue.rankings} of {queue.needed} rankings; {queue.finished} of {queue.tasks} prompts"
+            f" finished, {queue.begun} begun"
+            + (f"; {queue.unrankable} times nothing to rank" if queue.unrankable else "")
         )
         rows.append(
             f'<tr><th scope="row">{text(queue.step)}<small>{state}</small></th>'
@@ -70,7 +73,7 @@ def coverage(queues: Sequence[Queue]) -> str:
         )
     if not rows:
         return _empty("No queue has prompts yet.")
-    caption = "Coverage: rankings in, of overlap × prompts"
+    caption = "Coverage: rankings in, of those that the line waits for"
     return _table(caption, rows)
 
 
@@ -103,13 +106,16 @@ def pace_chart(pace: Pace) -> str:
     """Labels per hour or day."""
     unit = "hour" if pace.bucket_seconds == 3600 else "day"
     form = "%d %b %H:%M" if unit == "hour" else "%d %b"
-    names = [time.strftime(form, time.gmtime(start)) for start in pace.starts]
     title = f"Labels per {unit}"
-    said = [f"{name}: {count}" for name, count in zip(names, pace.labels, strict=True)]
     if not any(pace.labels):
         return _empty(f"{title}: none in the last 60 days.")
-    ends = [names[0], names[-1] + " UTC"] if len(names) > 1 else [names[0] + " UTC"]
-    return _bars(title, "answers, skips too", pace.labels, said, ends)
+    # one bar as wide as the page would say nothing of the pace
+    before = range(max(0, _FEWEST_BARS - len(pace.starts)), 0, -1)
+    starts = [pace.starts[0] - i * pace.bucket_seconds for i in before] + list(pace.starts)
+    labels = [0 for _ in before] + list(pace.labels)
+    names = [time.strftime(form, time.gmtime(start)) for start in starts]
+    said = [f"{name}: {count}" for name, count in zip(names, labels, strict=True)]
+    return _bars(title, "answers, skips too", labels, said, (names[0], f"{names[-1]} UTC"))
 
 
 def times_chart(times: Times) -> str:
@@ -120,7 +126,7 @@ def times_chart(times: Times) -> str:
     size = times.bin_seconds
     said = [f"{i * size:.0f} to {(i + 1) * size:.0f} s: {n}" for i, n in enumerate(times.histogram)]
     said[-1] = f"{(len(said) - 1) * size:.0f} s or more: {times.histogram[-1]}"
-    ends = ["0 s", f"{(len(said) - 1) * size:.0f} s and more"]
+    ends = ("0 s", f"{(len(said) - 1) * size:.0f} s and more")
     unit = f"answers by active seconds; median {times.active[2]:.0f} s"
     return _bars(title, unit, times.histogram, said, ends)
 
@@ -195,7 +201,7 @@ def _said(row: Row) -> str:
 
 
 def _bars(
-    title: str, unit: str, counts: Sequence[int], said: Sequence[str], ends: Sequence[str]
+    title: str, unit: str, counts: Sequence[int], said: Sequence[str], ends: tuple[str, str]
 ) -> str:
     """Bars on a common floor; hovering one tells its number."""
     most, width = max(counts), 100 / len(counts)
@@ -206,9 +212,10 @@ def _bars(
         f' height="{(floor - _TOP) * count / most:.1f}"><title>{text(tell)}</title></rect>'
         for i, (count, tell) in enumerate(zip(counts, said, strict=True))
     )
-    labels = f'<text x="0" y="{_HEIGHT - 5}">{text(ends[0])}</text>'
-    if len(ends) > 1:
-        labels += f'<text x="100%" y="{_HEIGHT - 5}" text-anchor="end">{text(ends[1])}</text>'
+    labels = (
+        f'<text x="0" y="{_HEIGHT - 5}">{text(ends[0])}</text>'
+        f'<text x="100%" y="{_HEIGHT - 5}" text-anchor="end">{text(ends[1])}</text>'
+    )
     return (
         f'<figure class="lead-figure"><figcaption><b>{text(title)}</b>'
         f" {text(unit)}; highest bar {most}</figcaption>"

@@ -28,7 +28,7 @@ def tiles(found: Overview) -> list[tuple[str, str, str]]:
     """(what, number, a word more)"""
     counts, pairwise = found.counts, found.statistics.agreement.pairwise
     is_open = [queue for queue in counts.queues if queue.open]
-    filled, wanted = sum(q.filled for q in is_open), sum(q.wanted for q in is_open)
+    have, need = sum(q.rankings for q in is_open), sum(q.needed for q in is_open)
     size = counts.pace.bucket_seconds
     recent = sum(
         labels
@@ -42,9 +42,9 @@ def tiles(found: Overview) -> list[tuple[str, str, str]]:
         if pairwise is None
         else f"{pairwise.low:.0%} to {pairwise.high:.0%}; usual 65% to 78%"
     )
-    done = f"{filled / wanted:.0%} of {wanted:,} wanted" if wanted else "no open queue"
+    done = f"{have / need:.0%} of {need:,} wanted" if need else "no open queue"
     return [
-        ("Rankings in", f"{filled:,}", done),
+        ("Rankings in", f"{have:,}", done),
         ("Prompts finished", f"{sum(q.finished for q in is_open):,}",
          f"of {sum(q.tasks for q in is_open):,}"),
         ("Labels, last day", f"{recent:,}", f"{len(counts.leases)} at work now"),

@@ -1,4 +1,5 @@
-"""The lead's page: draws what lead.py answers. The numbers are here, the other tabs in lead_tabs.py.
+"""The lead's page: draws what lead.py answers. The numbers are here, the other tabs in lead_prompts.py
+and lead_tabs.py.
 
 Prompts, responses and guidelines go through sanitised Markdown (display.py), all other texts of
 people into tables of plain text; pictures hold names only as character numbers (lead_charts.py).
@@ -11,9 +12,9 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
-from labeling_ui import attention, lead_charts, lead_figures, lead_tables, lead_tabs
+from labeling_ui import attention, lead_charts, lead_figures, lead_prompts, lead_tables, lead_tabs
 from labeling_ui.lead import Handlers
-from labeling_ui.lead_tabs import QUIET, Drawn, asking, choice, table
+from labeling_ui.lead_parts import QUIET, Drawn, asking, choice, table
 
 ASSETS = Path(__file__).parent / "assets"
 CSS = (ASSETS / "lead.css").read_text(encoding="utf-8")
@@ -60,7 +61,7 @@ def build(handlers: Handlers) -> gr.Blocks:
             with gr.Tab("Annotators"):
                 people, pause, resume = _annotators_tab()
             with gr.Tab("Prompts & gold"):
-                prompts = lead_tabs.prompts_tab(handlers)
+                prompts = lead_prompts.prompts_tab(handlers)
             with gr.Tab("Guidelines & queues"):
                 guidelines = lead_tabs.guidelines_tab(handlers)
                 queues = lead_tabs.queues_tab(handlers)
@@ -114,7 +115,7 @@ def _overview_tab() -> tuple[list[Any], gr.Button]:
             left_out = table(lead_tables.LEFT_OUT, "Answers by use", widths=["75%", "25%"])
         with gr.Column():
             gr.Markdown("## Who works on what now")
-            leases = table(lead_tables.LEASES, "Leases")
+            leases = table(lead_tables.LEASES, "Leases", widths=lead_tables.LEASE_WIDTHS)
             with gr.Row(elem_classes="lead-act"):
                 lease = choice("A lease that is stuck")
                 release = gr.Button("Release it", size="sm")
@@ -135,7 +136,7 @@ def _annotators_tab() -> tuple[list[Any], gr.Button, gr.Button]:
         " accuracy counts most. Behind a share stand its 95 % interval and the number of prompts; a"
         " wide interval says: wait for more."
     )
-    widths = [f"{width}px" for width in lead_tables.ANNOTATOR_WIDTHS]
+    widths = lead_tables.ANNOTATOR_WIDTHS
     people = table(lead_tables.ANNOTATORS, "Annotators", widths=widths, pinned=1, wrap=False)
     with gr.Row(elem_classes="lead-act"):
         person = choice("Annotator")

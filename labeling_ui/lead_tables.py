@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 
+from labeling_ui.assignments import SKIP_REASONS
 from labeling_ui.attention import Hint
+from labeling_ui.counting import Queue
 from labeling_ui.dashboard import Overview
 from labeling_ui.display import visible
 from labeling_ui.forms import CONFIDENCES, FLAGS
 from labeling_ui.inspection import Line, Prompt
 from labeling_ui.judgements import Estimate
 from labeling_ui.lead_charts import shortened
-from labeling_ui.store_counts import Lease, Queue
+from labeling_ui.pace import Lease
 
 Rows = list[list[str]]
 HINTS = ["About", "What"]
@@ -26,7 +28,9 @@ ANNOTATORS = [
     "Agreement with others", "Self-consistency", "Ties", "Median s", "First place wins", "Last label",
 ]  # fmt: skip
 # pixels: on a telephone the columns keep them and the table moves under its first one
-ANNOTATOR_WIDTHS = [150, 90, 80, 90, 100, 80, 185, 200, 190, 70, 90, 240, 150]
+LEASE_WIDTHS = [120, 165, 155, 155]
+QUEUE_WIDTHS = [90, 90, 85, 90, 170, 140, 110, 120]
+ANNOTATOR_WIDTHS = [150, 85, 75, 90, 100, 75, 150, 180, 150, 65, 90, 230, 150]
 SAID_WIDTHS = [130, 150, 100, 100, 150, 240, 100, 240, 80, 150]
 PROMPTS = ["Id", "Prompt", "Kind", "Rankings", "Disagreement", "Flags", "Comments"]
 SAID = [
@@ -34,6 +38,15 @@ SAID = [
 ]  # fmt: skip
 AUDIT = ["When", "Who", "What", "Prompt", "Detail"]
 NOTHING = "–"
+_LEFT_OUT_WORDS = {
+    "superseded": "changed later",
+    "all_bad": "all responses bad, no order",
+    "gold": "known answer (gold)",
+    "repeat": "repeat of an own prompt",
+    "late": "late: others had filled the places",
+    "out of use": "the prompt is in use no more (samples changed)",
+    **{f"skipped: {reason}": f"skipped: {words}" for reason, words in SKIP_REASONS.items()},
+}
 
 
 def hints(found: Sequence[Hint]) -> Rows:
@@ -41,10 +54,14 @@ def hints(found: Sequence[Hint]) -> Rows:
 
 
 def left_out(found: Overview) -> Rows:
-    rows = [["can be learned from", f"{found.counts.counted:,}"]]
-    rows += [[reason, f"{count:,}"] for reason, count in found.counts.left_out.items()]
-    total = found.counts.counted + sum(found.counts.left_out.values())
-    return [*rows, ["all that is stored", f"{total:,}"]]
+    counts = found.counts
+    numbers = {"can be learned from": counts.rankings}
+    if counts.written:
+        numbers["written answers"] = counts.written
+    for reason, number in counts.left_out.items():
+        numbers[_LEFT_OUT_WORDS.get(reason, reason)] = number
+    numbers["all that is stored"] = sum(numbers.values())
+    return [[words, f"{number:,}"] for words, number in numbers.items()]
 
 
 def leases(found: Iterable[Lease]) -> Rows:
@@ -76,11 +93,11 @@ def annotators(found: Overview) -> Rows:
         is_only_lead = person.role == "lead" and own is None
         state = ("lead" if person.role == "lead" else "active") if person.active else "paused"
         row = [shortened(_shown(person.name)), person.kind, state]
+        skipped = f"{person.skipped} ({person.skip_rate:.0%})" if person.skipped else "0"
+        row += [NOTHING if is_only_lead else str(person.rankings), skipped, str(person.all_bad)]
         if own is None:
-            row += ["0" if not is_only_lead else NOTHING, "0", str(person.all_bad)]
             row += [NOTHING] * 6
         else:
-            row += [str(own.rankings), f"{own.skips} ({own.skip_rate:.0%})", str(person.all_bad)]
             row += [_estimate(own.gold_accuracy), _estimate(own.agreement)]
             row += [_estimate(own.self_consistency), _share(own.tie_rate)]
             row.append(NOTHING if own.median_seconds is None else f"{own.median_seconds:.0f}")

@@ -1,7 +1,5 @@
-"""How many rankings the line waits for, and how many prompts a person: counted in the store.
-
-`prefline status` is told by a file.
-"""
+"""How many rankings the line waits for, told to `prefline status` by a file; and how many prompts wait
+for one person."""
 
 from __future__ import annotations
 
@@ -16,73 +14,32 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from labeling_ui.counting import labels, queue_counts
 from labeling_ui.database import Unavailable
 from labeling_ui.handout import KINDS, mine, open_queues, open_tasks
-from labeling_ui.schema import assignments, queues, rankings, tasks, users
-from labeling_ui.store import EXTRA, Store
+from labeling_ui.schema import assignments, queues, tasks
+from labeling_ui.store import Store
 
 PROGRESS_FILE = "rank-progress.json"
 
 
 def progress(store: Store, step: str) -> tuple[int, int]:
-    """(have, need): rankings by people of the step's tasks, and how many it takes to go on."""
+    """(have, need): rankings of the step's tasks, and how many it takes to go on."""
     with store.read() as tx:
-        queue = tx.execute(sa.select(queues).where(queues.c.step == step)).first()
-        if queue is None:
-            # imported rankings alone
-            return 0, 0
-        active = (tasks.c.step == step) & tasks.c.active
-        count, filled = tx.execute(
-            sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(tasks.c.filled), 0)).where(
-                active
-            )
-        ).one()
-        unrankable = tx.execute(
-            sa.select(sa.func.count())
-            .select_from(assignments.join(tasks).join(users))
-            .where(active, users.c.kind == "person", assignments.c.state == "unrankable")
-        ).scalar_one()
-    have = filled - unrankable
-    possible = queue.overlap * count - unrankable
-    # a minimum that the prompts cannot give would keep the line waiting for ever
-    return have, possible if queue.minimum is None else min(queue.minimum, possible)
-
-
-def labels(store: Store, step: str) -> dict[str, int]:
-    """How many rankings an export of this step would hold by people or by hand, and how many rows
-    they have had: with a change of mind there are more of these. Written down with every export, so
-    that labels which came afterwards are noticed.
-    """
-    counted = (rankings.c.status == "ranked") & ~rankings.c.late & (tasks.c.kind == "rank")
-    by_person = (users.c.kind == "person") & tasks.c.active
-    here = by_person & (tasks.c.step == step)
-    elsewhere = rankings.c.by_hand | (by_person & (tasks.c.step == EXTRA))
-    query = (
-        sa.select(
-            sa.func.count().filter(rankings.c.superseded_by.is_(None)).label("rankings"),
-            sa.func.count().label("rows"),
-        )
-        .select_from(
-            rankings.join(tasks, tasks.c.id == rankings.c.task_id).join(
-                users, users.c.id == rankings.c.user_id
-            )
-        )
-        .where(counted)
-    )
-    with store.read() as tx:
-        by_people = tx.execute(sa.select(queues.c.by).where(queues.c.step == step)).scalar()
-        counts = elsewhere | here if by_people == "people" else elsewhere
-        row = tx.execute(query.where(counts)).one()
-    return {"rankings": int(row.rankings), "rows": int(row.rows)}
+        found = queue_counts(tx, time.time(), step)
+    # without a queue there are imported rankings alone
+    return (found[0].rankings, found[0].needed) if found else (0, 0)
 
 
 def write_progress(run_dir: Path, store: Store, step: str) -> tuple[int, int]:
     """(have, need), and the same in RUN/rank-progress.json for `prefline status`, whole or not at
     all."""
     have, need = progress(store, step)
+    with store.read() as tx:
+        counted = labels(tx, step)
     path = run_dir / PROGRESS_FILE
     steps = _told(run_dir)
-    steps[step] = {"have": have, "need": need, "labels": labels(store, step)}
+    steps[step] = {"have": have, "need": need, "labels": counted}
     # a name of its own: the app and the rank step may both be at it
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(steps), encoding="utf-8")

@@ -7,27 +7,33 @@ Ids are hashes of content, so the same source twice queues nothing twice.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from labeling_ui.candidates import Candidates, merged, to_gold, to_rank, to_write
+from labeling_ui.candidates import (
+    QUEUES,
+    Candidates,
+    Kind,
+    merged,
+    to_gold,
+    to_rank,
+    to_task,
+    to_write,
+)
+from labeling_ui.gold import put_gold
 from labeling_ui.oasst import expand
 from labeling_ui.reading import rows_of
 from labeling_ui.schema import queues, tasks
-from labeling_ui.screening import warnings
-from labeling_ui.store import EXTRA, WRITE, Store, gold_id, insert_new, log_event, task_row
+from labeling_ui.store import Store, insert_new, log_event
 from pipeline.formats import Unusable
-from pipeline.records import Tally, canonical_json
+from pipeline.records import Tally
 
-Kind = Literal["rank", "write", "gold"]
-QUEUES: dict[Kind, str | None] = {"rank": EXTRA, "write": WRITE, "gold": None}
 _BATCH = 500
 
 
@@ -90,13 +96,14 @@ def queue(
     if kind != "gold":
         report.notes["rows of one prompt merged"] += sum(n - 1 for n in seen.values())
         again = merged(again, seen, report.notes)
-    rows = (_task(row, kind, report.notes) for row in again)
+    rows = (to_task(row, kind, report.notes) for row in again)
     step = QUEUES[kind]
     if step is not None and not dry_run:
         _open(store, step, overlap, first_overlap, lease_minutes)
     while batch := list(islice(rows, _BATCH)):
+        put = _put_gold if kind == "gold" else _queue_batch
         with store.read() if dry_run else store.write() as tx:
-            _queue_batch(tx, batch, report, dry_run)
+            put(tx, batch, report, dry_run)
     if not dry_run:
         with store.write() as tx:
             log_event(tx, "queue", None, None, step=step or kind, tasks=report.new, origin="hand")
@@ -123,27 +130,6 @@ def _candidates(source: str, kind: Kind, tally: Tally, notes: Counter[str]) -> I
         yield found
 
 
-def _task(found: Candidates, kind: Kind, notes: Counter[str]) -> dict[str, Any]:
-    """The row of `tasks`, its responses by place."""
-    row = task_row(
-        found.messages, list(found.responses), round=1, origin="hand", split=found.split, kind=kind
-    )
-    texts: list[str] = json.loads(row["responses"])
-    noticed = warnings(found.messages, texts)
-    notes.update(f"prompts or responses with {what} (kept)" for what, _ in noticed)
-    models = [sorted(found.responses[text]) for text in texts]
-    row |= {
-        "models": canonical_json(models) if any(models) else None,
-        "warnings": canonical_json([words for _, words in noticed]) if noticed else None,
-        "gold": canonical_json([found.ranks[text] for text in texts]) if kind == "gold" else None,
-        "step": QUEUES[kind],
-    }
-    if kind == "gold":
-        # the same responses may also be ranked as work
-        row["id"] = gold_id(row["prompt_id"], texts)
-    return row
-
-
 def _open(store: Store, step: str, overlap: int | None, first: int, lease_minutes: int) -> None:
     row = {"step": step, "by": "people", "lease_minutes": lease_minutes, "open": True}
     change = {"open": True} | ({} if overlap is None else {"overlap": overlap})
@@ -152,22 +138,30 @@ def _open(store: Store, step: str, overlap: int | None, first: int, lease_minute
         tx.execute(sa.update(queues).where(queues.c.step == step).values(**change))
 
 
+def _put_gold(tx: Connection, batch: list[dict[str, Any]], report: Queued, dry_run: bool) -> None:
+    rows = {row["id"]: row for row in batch}
+    report.notes["equal known answers merged"] += len(batch) - len(rows)
+    for row in rows.values():
+        done = put_gold(tx, None, row, dry_run)
+        report.new += done == "new"
+        report.notes["there already"] += done == "unchanged"
+        report.notes["there already with other ranks: replaced"] += done == "changed"
+
+
 def _queue_batch(
     tx: Connection, batch: list[dict[str, Any]], report: Queued, dry_run: bool
 ) -> None:
     step = QUEUES[report.kind]
     ids = [row["id"] for row in batch]
-    query = sa.select(tasks.c.id, tasks.c.step, tasks.c.gold).where(tasks.c.id.in_(ids))
+    query = sa.select(tasks.c.id, tasks.c.step).where(tasks.c.id.in_(ids))
     there = {row.id: row for row in tx.execute(query)}
     new, woken = {}, []
     for row in batch:
         old = there.get(row["id"])
         if old is None:
-            report.notes["equal known answers merged"] += row["id"] in new
             new[row["id"]] = row
         elif old.step == step:
-            same = old.gold == row["gold"]
-            report.notes["there already" if same else "there already in another order"] += 1
+            report.notes["there already"] += 1
         elif old.step is None:
             # ranked elsewhere and imported; now people rank it here
             woken.append(row["id"])

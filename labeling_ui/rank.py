@@ -28,9 +28,10 @@ import sqlalchemy as sa
 from labeling_ui.administration import queue_values
 from labeling_ui.aggregate import group_rankings
 from labeling_ui.agreement import pairwise_agreement
+from labeling_ui.counting import labels
 from labeling_ui.exporting import snapshot
 from labeling_ui.importing import Report, import_rankings
-from labeling_ui.progress import labels, write_progress
+from labeling_ui.progress import write_progress
 from labeling_ui.schema import queues, tasks
 from labeling_ui.simulate import rank_all
 from labeling_ui.store import EXTRA, STORE_FILE, WRITE, Store, insert_new, log_event, task_row
@@ -73,7 +74,8 @@ def rank_in(store: Store, settings: Settings, inputs: Inputs, out: Out) -> Metri
 
     # 3 everything that counts, as one immutable artifact. Counted before it is read: a ranking that
     # comes between is found to be new
-    out.derived["labels"] = labels(store, out.step)
+    with store.read() as tx:
+        out.derived["labels"] = labels(tx, out.step)
     rankings = _collect(store, settings, imported.kept | done, out)
     if "rankings" in inputs:
         before = _artifact_rows(inputs["rankings"], "rankings.jsonl")

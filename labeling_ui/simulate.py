@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 
 import sqlalchemy as sa
 
-from labeling_ui.assignments import claim_task, submit_in
+from labeling_ui.assignments import claim_task
 from labeling_ui.schema import tasks
 from labeling_ui.store import Store, ensure_user
+from labeling_ui.submitting import submit_in
 from pipeline import demo_rubric
 from pipeline.errors import ConfigError
 from pipeline.records import content_id

@@ -8,9 +8,14 @@ const tool = (text, name) => button(text, {class: 'quiet', 'aria-expanded': 'fal
 const openers = {guide: tool('Guidelines', 'guide'), last: tool('My last ten', 'last')};
 const helpButton = button('Keys', {class: 'quiet', 'aria-haspopup': 'dialog', onclick: () => help.showModal()});
 helpButton.append(el('kbd', {}, '?'));
+const leadLink = el('a', {class: 'quiet', href: '/lead/'}, 'Lead page');
 const title = el('h1', {class: 'unseen'}, 'Rank responses');
 places.tools.replaceChildren(title, el('span', {class: 'name'}, 'prefline'), progress, counted,
   el('span', {class: 'grow'}), looks, openers.guide, openers.last, helpButton);
+const drawLead = () => {
+  if (task.lead) places.tools.append(leadLink);
+  else leadLink.remove();
+};
 const drawProgress = () => {
   progress.max = Math.max(1, task.done + task.left);
   progress.value = task.done;
@@ -77,6 +82,7 @@ for (const [name, side] of Object.entries(sides)) {
     button('Close', {class: 'quiet', onclick: () => openSide(name, false)}));
 }
 const isOpen = (name) => sides[name].classList.contains('open');
+let openedWithKeys = false;
 const openSide = (name, open = !isOpen(name)) => {
   for (const other of Object.keys(sides)) {
     const now = other === name && open;
@@ -84,7 +90,13 @@ const openSide = (name, open = !isOpen(name)) => {
     openers[other].setAttribute('aria-expanded', String(now));
   }
   app.classList.toggle('beside', open);
-  if (!open) { openers[name].focus(); return; }
+  if (!open) {
+    // who came with keys goes back to the button; after a click, Enter must not open it once more
+    if (openedWithKeys) openers[name].focus();
+    else document.activeElement.blur();
+    return;
+  }
+  openedWithKeys = !clicked;
   if (name === 'guide') { readVersion = task.guidelines.version; drawNotices(); }
   else askRecent();
   sides[name].focus({preventScroll: true});

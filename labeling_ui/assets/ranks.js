@@ -27,7 +27,8 @@ const slotName = (rank) => rank === null ? 'Not ranked' : `Rank ${rank}`;
 const buildBoard = () => {
   chips = form.ranks.map((_, i) => button(LETTERS[i], {class: 'chip', 'data-i': i}));
   slots = [null, ...form.ranks.map((_, i) => i + 1)].map(rank => {
-    const text = rank === null ? 'Not ranked' : rank === 1 && count() < 6 ? '1 best' : String(rank);
+    const text = rank === null ? 'Not ranked'
+      : rank === 1 && count() < 6 ? ['1', el('span', {class: 'best'}, ' best')] : String(rank);
     return el('div', {class: rank === null ? 'slot pool' : 'slot', 'data-rank': rank ?? '', role: 'group', 'aria-label': slotName(rank)},
       button(text, {class: 'place', tabindex: '-1'}));
   });

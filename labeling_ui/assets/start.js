@@ -66,6 +66,7 @@ const adopt = (given) => {
   buildCards();
   if (given.token) { buildBoard(); buildNotes(); }
   drawProgress();
+  drawLead();
   drawGuide();
   drawNotices();
   drawTrouble();

@@ -28,11 +28,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
 
-from labeling_ui.assignments import claim, submit
+from labeling_ui.assignments import claim
 from labeling_ui.changes import recent
 from labeling_ui.export_files import Options, export_folder
 from labeling_ui.progress import my_progress, progress
 from labeling_ui.store import Store
+from labeling_ui.submitting import submit
 from tests.benchmarks import limits
 from tests.benchmarks.common import table
 

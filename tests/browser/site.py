@@ -67,12 +67,12 @@ class Site:
         self.process.kill()
         self.process.wait()
 
-    def person(self):
+    def person(self, role="annotator"):
         """A new person's name."""
         name = f"person-{secrets.token_hex(4)}"
         full, accounts._SCRYPT = accounts._SCRYPT, (2**4, 8, 1)
         try:
-            accounts.add_user(self.store, name, PASSWORD)
+            accounts.add_user(self.store, name, PASSWORD, role)
         finally:
             accounts._SCRYPT = full
         return name
@@ -165,14 +165,14 @@ class Page:
         cookie = {"name": guard.COOKIE, "value": value, "url": self.site.url, "httpOnly": True}
         self.driver.execute_cdp_cmd("Network.setCookie", cookie)
 
-    def open(self, name):
-        """The page as a person sees it who has just logged in, in a browser that knows nothing."""
+    def open(self, name, path="/ui/"):
+        """A page as a person sees it who has just logged in, in a browser that knows nothing."""
         self.driver.get("about:blank")
         self.driver.execute_cdp_cmd("Network.clearBrowserCookies", {})
         clear = {"origin": self.site.url, "storageTypes": "local_storage"}
         self.driver.execute_cdp_cmd("Storage.clearDataForOrigin", clear)
         self.sign_in(name)
-        self.driver.get(self.site.url + "/ui/")
+        self.driver.get(self.site.url + path)
         self.ready()
 
     def reload(self):
@@ -180,8 +180,8 @@ class Page:
         self.ready()
 
     def ready(self):
-        shown = "return !!document.querySelector('.board:not([hidden]), .nothing:not([hidden])')"
-        self.until(lambda: self.run(shown))
+        shown = ".board:not([hidden]), .nothing:not([hidden]), .lead-tiles"
+        self.until(lambda: self.all(shown))
 
     def until(self, condition, seconds=60):
         # the page may be drawn again, or come anew, between a look and the next

@@ -1,14 +1,12 @@
 """For everybody: axe finds nothing serious, nothing sticks out, light and dark, small and large."""
 
-from pathlib import Path
-
-import axe_core_python
 import pytest
 from selenium.webdriver.common.keys import Keys
 
+from tests.browser.checks import is_dark, sticks_out, violations
+
 pytestmark = pytest.mark.browser
 
-AXE = (Path(axe_core_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
 LONG = "A rather long answer that goes on. " * 60
 CODE = (
     "```python\n"
@@ -16,29 +14,6 @@ CODE = (
     + "x" * 120
     + "\n```"
 )
-
-
-def violations(page):
-    """What axe calls serious or critical: rule, and the elements."""
-    page.run(AXE)
-    found = page.driver.execute_async_script(
-        "const done = arguments[arguments.length - 1];"
-        "axe.run(document, {resultTypes: ['violations']}).then(r => done(r.violations), done)"
-    )
-    return [
-        (rule["id"], [node["html"][:160] for node in rule["nodes"]])
-        for rule in found
-        if rule["impact"] in ("serious", "critical")
-    ]
-
-
-def sticks_out(page):
-    return page.run(
-        "const width = document.documentElement.clientWidth;"
-        "return document.documentElement.scrollWidth > width ? [...document.querySelectorAll('*')]"
-        ".filter(x => x.getBoundingClientRect().right > width + 1).map(x => x.outerHTML.slice(0, 120))"
-        ".slice(0, 5).concat(['document']) : []"
-    )
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -49,7 +24,7 @@ def test_axe_finds_nothing_serious(site, page, scheme):
     site.guide(1, "# Fair\n\n- one\n- two")
     page.scheme(scheme)
     page.open(site.person())
-    assert page.run("return document.body.classList.contains('dark')") == (scheme == "dark")
+    assert is_dark(page) == (scheme == "dark")
     assert violations(page) == []
     page.press("m", "1", "o", "5", Keys.ESCAPE, "n", Keys.ESCAPE, "s")
     page.all("#marks-1 .box input")[0].click()

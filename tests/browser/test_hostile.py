@@ -4,6 +4,7 @@ import pytest
 from selenium.webdriver.common.keys import Keys
 
 from labeling_ui import display
+from tests.browser.checks import outside_requests
 
 pytestmark = pytest.mark.browser
 
@@ -66,7 +67,7 @@ ACTING = ["img", "script", "iframe", "form", "style", "svg", "math", "video", "a
 ACTING += ["embed", "link", "meta", "base"]
 
 
-def check_nothing_happened(page, site):
+def check_nothing_happened(page):
     for tag in [
         *ACTING,
         "a",
@@ -83,8 +84,7 @@ def check_nothing_happened(page, site):
         )
         assert not found, (tag, found)
     assert page.run("return window.pwned") is None
-    outside = [u for u in page.requests() if not u.startswith((site.url, "data:", "blob:"))]
-    assert outside == []
+    assert outside_requests(page) == []
     # not even tried: what the browser had to stop would be here
     assert page.complaints() == []
 
@@ -110,10 +110,10 @@ def test_prompts_and_responses_are_shown_as_they_are_and_do_nothing(site, page):
         page.until(lambda part=part: page.run(script, "#prompt .turn")[:1] == part[:1])
         assert page.run(script, "#prompt .turn") == part[:8]
         assert sorted(page.run(script, "#cards .card")) == sorted(part[8:])
-        check_nothing_happened(page, site)
+        check_nothing_happened(page)
         page.press("m")
         page.until(lambda: page.seen("#cards .card .text.rendered"))
-        check_nothing_happened(page, site)
+        check_nothing_happened(page)
         assert page.run("return document.documentElement.scrollWidth") <= 1280
         page.press("m", "s", "1")
     page.until(lambda: page.seen(".nothing"))
@@ -145,9 +145,9 @@ def test_ones_own_comment_guidelines_and_last_answers_do_nothing_either(site, pa
         page.run("document.activeElement.blur()")
     page.find(".tools button:nth-of-type(3)").click()
     page.until(lambda: len(page.seen(".side.last .answer")) == 9)
-    check_nothing_happened(page, site)
+    check_nothing_happened(page)
     page.press(Keys.ESCAPE)
     page.find(".tools button:nth-of-type(2)").click()
     page.until(lambda: page.seen(".side.guide"))
-    check_nothing_happened(page, site)
+    check_nothing_happened(page)
     assert site.saved()[0]["comment"] == whole

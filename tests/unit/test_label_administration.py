@@ -16,14 +16,16 @@ from labeling_ui.administration import (
     resume_annotator,
     set_guidelines,
 )
-from labeling_ui.assignments import claim, guidelines_version, submit
+from labeling_ui.assignments import claim, guidelines_version
 from labeling_ui.exporting import snapshot
 from labeling_ui.forms import Refused
 from labeling_ui.gold import import_gold, make_gold, retire_gold
 from labeling_ui.handout import next_task
 from labeling_ui.progress import progress
 from labeling_ui.schema import assignments, events, guidelines, queues, tasks, users
-from labeling_ui.store import Store, insert_new, log_event, task_row
+from labeling_ui.store import Store, insert_new, log_event
+from labeling_ui.submitting import submit
+from tests.label_work import add_people, queue_prompts
 
 NOW = 1_000_000.0
 
@@ -32,20 +34,8 @@ NOW = 1_000_000.0
 def place(tmp_path):
     """A store with 3 prompts, a lead and two annotators: (store, lead, ann, bob)."""
     store = Store(tmp_path / "labels.db")
-    rows = [
-        task_row([{"role": "user", "content": f"prompt {i}"}], ["a", "b", "c"], round=1,
-                 origin="t", step="rank")
-        for i in range(3)
-    ]  # fmt: skip
-    queue = {"step": "rank", "by": "people", "overlap": 1, "lease_minutes": 30, "open": True}
-    with store.write() as tx:
-        insert_new(tx, queues, [queue])
-        insert_new(tx, tasks, rows)
-        for name, role in (("lea", "lead"), ("ann", "annotator"), ("bob", "annotator")):
-            row = {"kind": "person", "name": name, "role": role, "created": NOW}
-            insert_new(tx, users, [row])
-        ids = list(tx.execute(sa.select(users.c.id).order_by(users.c.id)).scalars())
-    return (store, *ids)
+    queue_prompts(store)
+    return (store, *add_people(store, "lea", "ann", "bob", leads=["lea"]))
 
 
 def queue_of(store):
@@ -341,20 +331,22 @@ def test_known_answers_are_read_from_lines_and_the_others_are_told(place):
     ]  # fmt: skip
     text = "\n".join(map(json.dumps, lines)) + "\n\n{broken\n[1]"
     report = import_gold(store, lead, text)
-    assert (report.stored, report.unchanged) == (2, 0)
+    assert (report.stored, report.unchanged) == (3, 0)
     assert [line.split(":")[0] for line in report.refused] == [
-        f"line {number}" for number in (3, 4, 5, 7, 8)
+        f"line {number}" for number in (3, 5, 7, 8)
     ]
-    assert "two responses that differ" in report.refused[0]
-    assert "at most 9" in report.refused[2]
+    assert "all responses are tied" in report.refused[0]
+    assert "more than 9" in report.refused[1]
     by_text = {
         tuple(sorted(zip(json.loads(row.responses), json.loads(row.gold), strict=True)))
         for row in gold_rows(store)
     }
-    assert by_text == {(("bad", 2), ("good", 1)), (("x", 2), ("y", 1), ("z", 1))}
+    assert by_text == {
+        (("bad", 2), ("good", 1)), (("x", 2), ("y", 1), ("z", 1)), (("a", 1), ("b", 2)),
+    }  # fmt: skip
     again = import_gold(store, lead, text)
-    assert (again.stored, again.unchanged) == (0, 2)
-    assert len(logged(store, "gold")) == 2
+    assert (again.stored, again.unchanged) == (0, 3)
+    assert len(logged(store, "gold")) == 3
     with pytest.raises(Refused, match="no row"):
         import_gold(store, lead, " \n ")
 

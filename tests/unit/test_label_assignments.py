@@ -5,37 +5,20 @@ import json
 import pytest
 import sqlalchemy as sa
 
-from labeling_ui.assignments import claim, save_draft, skip, submit, submit_in
+from labeling_ui.assignments import claim, save_draft
 from labeling_ui.forms import Refused
 from labeling_ui.progress import progress
 from labeling_ui.schema import assignments, queues, rankings, tasks, users
-from labeling_ui.store import insert_new, task_row
+from labeling_ui.submitting import skip, submit, submit_in
+from tests.label_work import store_with_work
 
 NOW = 1_000_000.0
 MINUTE = 60.0
 
 
-def make(new_store, prompts=3, people=2, overlap=1, responses=3, minimum=None):
-    """A store with a queue of `prompts` and `people` with accounts; their ids."""
-    store = new_store()
-    rows = [
-        task_row(
-            [{"role": "user", "content": f"prompt {i}"}],
-            [f"answer {j} to {i}" for j in range(responses)],
-            round=1,
-            origin="test",
-            step="rank",
-        )
-        for i in range(prompts)
-    ]
-    queue = {"step": "rank", "by": "people", "overlap": overlap, "lease_minutes": 30, "open": True}
-    with store.write() as tx:
-        insert_new(tx, queues, [{**queue, "minimum": minimum}])
-        insert_new(tx, tasks, rows)
-        for i in range(people):
-            insert_new(tx, users, [{"kind": "person", "name": f"ann{i}", "created": NOW}])
-        ids = tx.execute(sa.select(users.c.id).order_by(users.c.id)).scalars().all()
-    return store, list(ids)
+def make(new_store, prompts=3, people=2, responses=3, **queue):
+    texts = [f"answer {j}" for j in range(responses)]
+    return store_with_work(new_store(), people, prompts, texts, **queue)
 
 
 def stored(store, task):

@@ -7,16 +7,17 @@ import sqlalchemy as sa
 
 from labeling_ui import attention, lead_charts, lead_figures, lead_tables
 from labeling_ui.agreement import Agreement, PositionBias
-from labeling_ui.assignments import SKIP_REASONS
-from labeling_ui.dashboard import Dashboard, Overview, Statistics, overview
+from labeling_ui.counting import Counts, Person, Queue
+from labeling_ui.counting import count as count_store
+from labeling_ui.dashboard import Dashboard, Overview, Statistics
 from labeling_ui.forms import Refused
 from labeling_ui.inspection import audit, event_kinds, prompt, prompts
 from labeling_ui.judgements import Estimate
+from labeling_ui.pace import Pace, Times
+from labeling_ui.progress import progress
 from labeling_ui.quality import AnnotatorQuality
 from labeling_ui.schema import assignments, queues, rankings, tasks, users
 from labeling_ui.store import Store, insert_new, log_event, task_row
-from labeling_ui.store_counts import Counts, Pace, Person, Queue, Times
-from labeling_ui.store_counts import count as count_store
 from pipeline.records import canonical_json
 
 NOW = 1_000_000_000.0
@@ -36,6 +37,10 @@ class Book:
         row = {"step": step, "by": "people", "overlap": overlap, "lease_minutes": 30, "open": True}
         with self.store.write() as tx:
             insert_new(tx, queues, [{**row, **more}])
+
+    def set_queue(self, **values):
+        with self.store.write() as tx:
+            tx.execute(sa.update(queues).values(**values))
 
     def task(self, name, step="rank", **more):
         row = task_row([{"role": "user", "content": name}], LENGTHS, round=1, origin="t",
@@ -156,18 +161,43 @@ def test_every_answer_stands_under_one_use(book):
     book.say("ann", "old", [1, 2, 3])
     book.say("ann", "f", [1, 1, 1])
     counts = book.counts()
-    assert counts.counted == 2
-    assert counts.left_out == {
-        "changed later (superseded)": 1,
-        "known answer (gold)": 1,
-        "repeat of an own prompt": 1,
-        f"skipped: {SKIP_REASONS['unclear']}": 1,
-        "all responses bad, no order": 1,
-        "late: others had filled the places": 1,
-        "a written answer, no order": 1,
-        "the prompt is in use no more (samples changed)": 1,
-    }
-    assert counts.gold_items == 1
+    assert (counts.prompts, counts.gold_items) == (8, 1)
+    assert (counts.rankings, counts.written) == (2, 1)
+    reasons = ("superseded", "gold", "repeat", "skipped: unclear", "all_bad", "late", "out of use")
+    assert counts.left_out == dict.fromkeys(reasons, 1)
+    (ann,) = counts.people
+    assert (ann.rankings, ann.written, ann.skipped, ann.all_bad) == (2, 1, 1, 1)
+    assert ann.skip_rate == pytest.approx(1 / 3)
+    told = lead_tables.left_out(Dashboard(book.store).overview(NOW))
+    assert ["skipped: The prompt makes no sense", "1"] in told
+    assert told[-1] == ["all that is stored", "10"]
+
+
+def test_what_the_line_waits_for_is_what_the_page_shows(book):
+    book.queue(overlap=2)
+    for name in "abc":
+        book.task(name)
+    book.task("of another queue", step="extra")
+    for user in ("ann", "bob", "cid"):
+        book.say(user, "a", [1, 2, 3])  # one more than is wanted
+    book.say("ann", "b", status="all_bad")
+    book.say("bob", "b", reason="unclear")
+    book.say("ann", "c", [1, 2, 3])
+    with book.store.write() as tx:
+        on_b = assignments.c.task_id == book.tasks["b"]
+        tx.execute(sa.update(assignments).where(on_b).values(state="unrankable"))
+    # a gives two, b can give none, c one of two
+    (queue,) = book.counts().queues
+    assert (queue.filled, queue.wanted, queue.unrankable) == (5, 6, 2)
+    assert progress(book.store, "rank") == (queue.rankings, queue.needed) == (3, 4)
+    book.set_queue(minimum=3)
+    assert progress(book.store, "rank") == (3, 3)
+    # with a smaller overlap one more answer is beyond it: never more than all
+    book.set_queue(minimum=None, overlap=1)
+    (queue,) = book.counts().queues
+    assert (queue.filled, queue.wanted, queue.unrankable) == (3, 3, 1)
+    assert progress(book.store, "rank") == (2, 2)
+    assert progress(book.store, "no such step") == (0, 0)
 
 
 def test_pace_counts_first_answers_by_the_hour_without_gaps(book):
@@ -203,7 +233,7 @@ def test_time_is_what_people_took_for_their_first_answer(book):
 
 
 def test_an_empty_store_has_numbers_too(book):
-    found = overview(book.store)
+    found = Dashboard(book.store).overview().to_json()
     assert found["counts"]["left_out"] == {}
     assert found["statistics"]["agreement"]["pairwise"] is None
     json.dumps(found, allow_nan=False)
@@ -305,7 +335,7 @@ def test_statistics_are_kept_for_a_while_and_counts_are_not(book):
     first = board.overview(NOW)
     book.say("cid", "a", [3, 2, 1])
     second = board.overview(NOW + 1)
-    assert second.counts.counted == first.counts.counted + 1
+    assert second.counts.rankings == first.counts.rankings + 1
     assert second.statistics is first.statistics
     assert second.statistics.at == NOW
     board._until = 0.0
@@ -335,8 +365,8 @@ def seen(people, pairwise=None, earlier=None, longer=None, queue=None):
         queues=(queue,) if queue else (),
         pace=Pace(3600, (NOW,), (0,)),
         times=Times((), (), 0, (0,) * 20, 1.0),
-        people=tuple(Person(i, f"p{i}", "person", "annotator", True, NOW, 0) for i in people),
-        leases=(), counted=0, left_out={}, gold_items=0,
+        people=tuple(Person(i, f"p{i}", "person", "annotator", True, NOW) for i in people),
+        leases=(), prompts=0, gold_items=0, warned=0, rankings=0, written=0, left_out={},
     )  # fmt: skip
     agreement = Agreement(pairwise, None, None, 10, 2, 0)
     position = PositionBias(earlier, ())
@@ -371,7 +401,7 @@ def test_little_or_wide_evidence_says_nothing_of_anybody():
 
 
 def test_what_concerns_everybody_comes_first():
-    queue = Queue("rank", "people", True, True, 2, None, 30, 0.1, 0.0, 10, 1, 5, 20, 2)
+    queue = Queue("rank", "people", True, True, 2, None, 30, 0.1, 0.0, 10, 1, 2, 20, 5, 0)
     found = seen(
         {1: own("1", tie_rate=0.9)}, est(0.55, 0.5, 0.6), est(0.6, 0.55, 0.65), est(0.7, 0.67, 0.73), queue
     )  # fmt: skip
@@ -461,7 +491,7 @@ def test_the_log_is_read_backwards_and_by_kind_and_person(book):
 def test_no_name_can_be_anything_but_text_in_a_picture():
     rows = [lead_charts.Row(HOSTILE, est(0.5, 0.4, 0.6), HOSTILE)]
     drawn = lead_charts.intervals(HOSTILE, rows, note=HOSTILE)
-    queue = Queue(HOSTILE, "people", True, False, 2, None, 30, 0.1, 0.0, 10, 1, 5, 20, 2)
+    queue = Queue(HOSTILE, "people", True, False, 2, None, 30, 0.1, 0.0, 10, 1, 2, 20, 5, 0)
     drawn += lead_charts.coverage([queue]) + lead_charts.tiles([(HOSTILE, HOSTILE, HOSTILE)])
     for mark in ("<script", "${", "{{", "`", "\\", "\u202e"):
         assert mark not in drawn
@@ -477,6 +507,9 @@ def test_a_dot_stands_where_its_value_is_and_a_bar_is_as_high_as_its_count():
     bars = lead_charts.pace_chart(Pace(3600, (0.0, 3600.0), (4, 2)))
     assert 'height="118.0"' in bars
     assert 'height="59.0"' in bars
+    # ten empty hours before: two bars as wide as the page would say nothing of the pace
+    assert bars.count("<rect") == 12
+    assert "31 Dec 14" in bars
 
 
 def test_every_row_of_a_table_fits_its_headings(book):

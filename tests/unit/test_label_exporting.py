@@ -9,17 +9,19 @@ import pytest
 import sqlalchemy as sa
 
 from labeling_ui import labels
-from labeling_ui.assignments import claim, claim_task, skip, submit
+from labeling_ui.assignments import claim, claim_task
 from labeling_ui.changes import reopen
 from labeling_ui.export_files import FILES, Options, export_file, export_folder
 from labeling_ui.exporting import snapshot
 from labeling_ui.importing import import_rankings
 from labeling_ui.schema import assignments, queues, rankings, tasks, users
 from labeling_ui.store import Store, insert_new, log_event, task_row
+from labeling_ui.submitting import skip, submit
 from pipeline.errors import DataError
 from pipeline.files import sha256
 from pipeline.formats import demonstrations
 from pipeline.records import Ranking, is_heldout, read_jsonl
+from tests.label_work import add_people, queue_prompts
 
 NOW = 1_000_000.0
 
@@ -34,20 +36,8 @@ def run(tmp_path):
 
 
 def fill(store, people):
-    rows = [
-        task_row(
-            [{"role": "user", "content": f"prompt {i}"}], ["x", "yy", "zzz"],
-            round=1, origin="test", step="rank",
-        )
-        for i in range(4)
-    ]  # fmt: skip
-    queue = {"step": "rank", "by": "people", "overlap": 2, "lease_minutes": 30, "open": True}
-    with store.write() as tx:
-        insert_new(tx, queues, [queue])
-        insert_new(tx, tasks, rows)
-        for name in people:
-            insert_new(tx, users, [{"kind": "person", "name": name, "created": NOW}])
-        ids = tx.execute(sa.select(users.c.id)).scalars().all()
+    queue_prompts(store, 4, ["x", "yy", "zzz"], overlap=2)
+    ids = add_people(store, *people)
     for user in ids:
         while work := claim(store, user, NOW):
             submit(store, user, work.token, [len(text) for text in work.responses], NOW)
@@ -439,4 +429,12 @@ def test_stats_count_what_people_did(run, capsys):
     skip(store, user, claim(store, user, NOW).token, "broken", NOW)
     assert labels.main([str(run), "stats"]) == 0
     stats = json.loads(capsys.readouterr().out)
-    assert (stats["rankings"], stats["skipped"], stats["prompts"]) == (8, 1, 5)
+    assert (stats["rankings"], stats["left_out"], stats["prompts"]) == (
+        8,
+        {"skipped: broken": 1},
+        5,
+    )
+    (queue,) = stats["queues"]
+    assert (queue["filled"], queue["unrankable"], queue["wanted"]) == (9, 1, 10)
+    alice, bob = stats["people"]
+    assert (alice["rankings"], alice["skipped"], bob["rankings"]) == (4, 1, 4)

@@ -15,11 +15,13 @@ import pytest
 import sqlalchemy as sa
 
 from labeling_ui import accounts, database, labels, rank
-from labeling_ui.assignments import claim, save_draft, submit
+from labeling_ui.assignments import claim, save_draft
 from labeling_ui.database import Unavailable
-from labeling_ui.schema import events, queues, rankings, tasks, users
-from labeling_ui.store import Store, insert_new, log_event, task_row
+from labeling_ui.schema import events, rankings, users
+from labeling_ui.store import Store, log_event
+from labeling_ui.submitting import submit
 from pipeline.errors import ArtifactError, ConfigError
+from tests.label_work import store_with_work
 from tests.unit.test_label_races import _FORK, check_sound, look, make
 from tests.unit.test_label_rank import files, make_out, pairs, samples, settings
 
@@ -66,7 +68,7 @@ def test_threads_that_queue_for_too_long_are_told(new_store, monkeypatch):
 
 def test_a_full_disk_is_told_and_the_same_submission_works_once_there_is_room(tmp_path, capsys):
     store = Store(tmp_path / "labels.db")
-    (ann,) = _people(store, 3)
+    (ann,) = store_with_work(store, 1, 3)[1]
     work = claim(store, ann)
     log = Path(f"{store.file}-wal")
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -85,23 +87,9 @@ def test_a_full_disk_is_told_and_the_same_submission_works_once_there_is_room(tm
     check_sound(store, 1)
 
 
-def _people(store, prompts):
-    rows = [
-        task_row([{"role": "user", "content": f"prompt {i}"}], ["a", "b", "c"], round=1,
-                 origin="t", step="rank")
-        for i in range(prompts)
-    ]  # fmt: skip
-    queue = {"step": "rank", "by": "people", "overlap": 1, "lease_minutes": 30, "open": True}
-    with store.write() as tx:
-        insert_new(tx, queues, [queue])
-        insert_new(tx, tasks, rows)
-        insert_new(tx, users, [{"kind": "person", "name": "ann", "created": 1.0}])
-        return tx.execute(sa.select(users.c.id)).scalars().all()
-
-
 def test_a_database_that_may_not_grow_is_called_full(tmp_path):
     store = Store(tmp_path / "labels.db")
-    (ann,) = _people(store, 1)
+    (ann,) = store_with_work(store, 1, 1)[1]
     with store.read() as tx:
         pages = tx.exec_driver_sql("PRAGMA page_count").scalar()
     store.close()
@@ -128,7 +116,7 @@ def foreign_folder():
 @pytest.mark.parametrize("folder_too", [False, True])
 def test_a_store_that_may_only_be_read_is_told(foreign_folder, folder_too):
     store = Store(foreign_folder / "labels.db")
-    (ann,) = _people(store, 1)
+    (ann,) = store_with_work(store, 1, 1)[1]
     store.close()
     store.file.chmod(0o444)
     foreign_folder.chmod(0o555 if folder_too else 0o777)

@@ -4,28 +4,20 @@ import pytest
 import sqlalchemy as sa
 
 from labeling_ui import handout
-from labeling_ui.assignments import claim, submit
+from labeling_ui.assignments import claim
 from labeling_ui.changes import recent
 from labeling_ui.progress import my_progress
-from labeling_ui.schema import queues, tasks, users
-from labeling_ui.store import Store, insert_new, task_row
+from labeling_ui.schema import tasks
+from labeling_ui.store import Store
+from labeling_ui.submitting import submit
+from tests.label_work import store_with_work
 
 NOW = 1_000_000.0
 
 
 def make(tmp_path, prompts, overlap=2):
     store = Store(tmp_path / "labels.db")
-    rows = [
-        task_row([{"role": "user", "content": f"{i}"}], ["a", "b"], round=1, origin="t", step="rank")
-        for i in range(prompts)
-    ]  # fmt: skip
-    queue = {"step": "rank", "by": "people", "overlap": overlap, "lease_minutes": 30, "open": True}
-    with store.write() as tx:
-        insert_new(tx, queues, [queue])
-        insert_new(tx, tasks, rows)
-        for name in ("ann", "bob"):
-            insert_new(tx, users, [{"kind": "person", "name": name, "created": NOW}])
-        return store, list(tx.execute(sa.select(users.c.id).order_by(users.c.id)).scalars())
+    return store_with_work(store, 2, prompts, ["a", "b"], overlap=overlap)
 
 
 def rank_next(store, user):

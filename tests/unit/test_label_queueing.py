@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from labeling_ui import labels
 from labeling_ui.accounts import add_user
-from labeling_ui.assignments import claim, submit
+from labeling_ui.assignments import claim
 from labeling_ui.exporting import snapshot
 from labeling_ui.gold import import_gold
 from labeling_ui.importing import import_rankings
@@ -18,6 +18,7 @@ from labeling_ui.queueing import queue
 from labeling_ui.schema import queues, tasks, users
 from labeling_ui.screening import clean, identity_words, warnings
 from labeling_ui.store import EXTRA, WRITE, Store, insert_new
+from labeling_ui.submitting import submit
 from pipeline.errors import DataError
 from pipeline.formats import Unusable
 from pipeline.records import Prompt, Response, SampleGroup, write_jsonl
@@ -178,7 +179,10 @@ def test_known_answers_keep_their_order_by_place_and_wait_in_no_queue(store, tmp
     assert ranks == {"worst": 2, "best": 1, "same": 1}
     assert (gold.step, gold.active, len(stored(store))) == (None, True, 2)
     other = put(store, tmp_path, [{**row, "ranks": [1, 2, 2]}], "gold")
-    assert (other.new, other.notes["there already in another order"]) == (0, 1)
+    assert (other.new, other.notes["there already with other ranks: replaced"]) == (0, 1)
+    gold = next(task for task in stored(store) if task.kind == "gold")
+    ranks = dict(zip(json.loads(gold.responses), json.loads(gold.gold), strict=True))
+    assert ranks == {"worst": 1, "best": 2, "same": 2}
     with pytest.raises(DataError, match="all responses are tied"):
         put(store, tmp_path, [{**row, "ranks": [1, 1, 1]}], "gold")
 
@@ -289,7 +293,7 @@ def test_the_command_queues_and_reports(tmp_path, capsys):
     assert labels.main([str(tmp_path), "stats"]) == 0
     out = capsys.readouterr().out
     found = json.loads(out[out.index("{") :])
-    assert [(row["queue"], row["overlap"], row["prompts"]) for row in found["queues"]] == [
+    assert [(row["step"], row["overlap"], row["tasks"]) for row in found["queues"]] == [
         ("extra", 4, 1), ("write", 2, 2),
     ]  # fmt: skip
 

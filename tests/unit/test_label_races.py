@@ -12,12 +12,14 @@ import pytest
 import sqlalchemy as sa
 
 from labeling_ui import database
-from labeling_ui.assignments import claim, save_draft, submit
+from labeling_ui.assignments import claim, save_draft
 from labeling_ui.changes import leave, recent, reopen
 from labeling_ui.forms import Refused
 from labeling_ui.progress import progress
-from labeling_ui.schema import assignments, events, meta, queues, rankings, tasks, users
-from labeling_ui.store import Store, insert_new, log_event, task_row
+from labeling_ui.schema import assignments, events, meta, queues, rankings, tasks
+from labeling_ui.store import Store, log_event
+from labeling_ui.submitting import submit
+from tests.label_work import store_with_work
 
 NOW = 1_000_000.0
 MINUTE = 60.0
@@ -26,19 +28,7 @@ _FORK = multiprocessing.get_context("fork")
 
 def make(new_store, prompts, people, overlap=1):
     """URL of a store with a queue of `prompts`, closed again, and the ids of `people`."""
-    store = new_store()
-    rows = [
-        task_row([{"role": "user", "content": f"prompt {i}"}], ["a", "b", "c"],
-                 round=1, origin="t", step="rank")
-        for i in range(prompts)
-    ]  # fmt: skip
-    queue = {"step": "rank", "by": "people", "overlap": overlap, "lease_minutes": 30, "open": True}
-    with store.write() as tx:
-        insert_new(tx, queues, [queue])
-        insert_new(tx, tasks, rows)
-        names = [{"kind": "person", "name": f"ann{i}", "created": NOW} for i in range(people)]
-        insert_new(tx, users, names)
-        ids = list(tx.execute(sa.select(users.c.id).order_by(users.c.id)).scalars())
+    store, ids = store_with_work(new_store(), people, prompts, overlap=overlap)
     # a forked child must not share a connection
     store.close()
     return new_store.url(), ids

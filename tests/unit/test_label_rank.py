@@ -7,12 +7,13 @@ import pytest
 import sqlalchemy as sa
 
 from labeling_ui import rank
-from labeling_ui.assignments import claim, submit
+from labeling_ui.assignments import claim
 from labeling_ui.exporting import pseudonyms
 from labeling_ui.importing import import_rankings
 from labeling_ui.progress import tell_progress
 from labeling_ui.schema import queues, tasks, users
 from labeling_ui.store import Store, insert_new, task_row
+from labeling_ui.submitting import submit
 from pipeline import demo_world
 from pipeline.errors import DataError, PeopleNeeded, StageError
 from pipeline.job import Input, Job, Out
@@ -161,7 +162,8 @@ def work_as(store, user, count):
 def test_people_are_waited_for_until_there_are_enough(tmp_path):
     given, out = {"samples": samples(tmp_path)}, make_out(tmp_path)
     # the queue has no order: of 20 of 30 prompts some must be held out whichever they are
-    people = settings(by="people", minimum=20, heldout_fraction=0.5)
+    # a repeat would be no new ranking
+    people = settings(by="people", minimum=20, heldout_fraction=0.5, repeat_rate=0.0)
     with pytest.raises(PeopleNeeded, match="0 of 20 rankings"):
         rank.run(people, given, out)
     store = Store(tmp_path / "labels.db")

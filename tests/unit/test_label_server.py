@@ -13,8 +13,9 @@ from labeling_ui import accounts, app, board, display, guard, server
 from labeling_ui.database import Unavailable
 from labeling_ui.forms import Refused
 from labeling_ui.progress import write_progress
-from labeling_ui.schema import assignments, guidelines, queues, rankings, tasks, users
+from labeling_ui.schema import assignments, guidelines, rankings, tasks, users
 from labeling_ui.store import Store, insert_new, task_row
+from tests.label_work import queue_prompts
 
 LOCAL = "http://127.0.0.1:7860"
 HOSTILE = (
@@ -28,17 +29,8 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     (folder / "config.yaml").write_text("model: {base: ./m}\n")
     store = Store(folder / "labels.db")
-    rows = [
-        task_row(
-            [{"role": "user", "content": f"prompt {i} {HOSTILE}"}], [f"{j} {HOSTILE}" for j in range(3)],
-            round=1, origin="test", step="rank",
-        )
-        for i in range(3)
-    ]  # fmt: skip
-    queue = {"step": "rank", "by": "people", "overlap": 1, "lease_minutes": 30, "open": True}
-    with store.write() as tx:
-        insert_new(tx, queues, [queue])
-        insert_new(tx, tasks, rows)
+    prompts = [f"prompt {i} {HOSTILE}" for i in range(3)]
+    queue_prompts(store, prompts, [f"{j} {HOSTILE}" for j in range(3)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(accounts, "_SCRYPT", (2**4, 8, 1))
         patch.setattr(accounts, "_NOBODY", [])

@@ -6,32 +6,22 @@ import pytest
 import sqlalchemy as sa
 
 from labeling_ui import handout
-from labeling_ui.assignments import claim, save_draft, skip, submit
+from labeling_ui.assignments import claim, save_draft
 from labeling_ui.changes import RECENT, leave, recent, reopen
 from labeling_ui.exporting import snapshot
 from labeling_ui.forms import Refused
 from labeling_ui.progress import my_progress, progress
-from labeling_ui.schema import assignments, guidelines, queues, rankings, tasks, users
+from labeling_ui.schema import assignments, guidelines, queues, rankings, tasks
 from labeling_ui.store import insert_new, task_row
+from labeling_ui.submitting import skip, submit
+from tests.label_work import store_with_work
 
 NOW = 1_000_000.0
 
 
 def make(new_store, prompts=3, people=2, kind="rank", responses=3, name="labels", **queue):
-    store = new_store(name)
     texts = [f"answer {j}" for j in range(responses)]
-    rows = [
-        task_row([{"role": "user", "content": f"prompt {i}"}], texts, round=1, origin="t",
-                 step="rank", kind=kind)
-        for i in range(prompts)
-    ]  # fmt: skip
-    row = {"step": "rank", "by": "people", "overlap": 1, "lease_minutes": 30, "open": True}
-    with store.write() as tx:
-        insert_new(tx, queues, [{**row, **queue}])
-        insert_new(tx, tasks, rows)
-        for i in range(people):
-            insert_new(tx, users, [{"kind": "person", "name": f"ann{i}", "created": NOW}])
-        return store, list(tx.execute(sa.select(users.c.id).order_by(users.c.id)).scalars())
+    return store_with_work(new_store(name), people, prompts, texts, kind, **queue)
 
 
 def stored(store):

@@ -12,7 +12,8 @@ from labeling_ui.forms import Refused
 from labeling_ui.guard import MAX_BODY_BYTES
 from labeling_ui.lead import Handlers
 from labeling_ui.schema import assignments, events, guidelines, queues, tasks, users
-from labeling_ui.store import Store, insert_new, task_row
+from labeling_ui.store import Store
+from tests.label_work import queue_prompts
 
 LOCAL = "http://127.0.0.1:7860"
 
@@ -23,11 +24,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     (folder / "config.yaml").write_text("model: {base: ./m}\n")
     store = Store(folder / "labels.db")
-    queue = {"step": "rank", "by": "people", "overlap": 1, "lease_minutes": 30, "open": True}
-    row = task_row([{"role": "user", "content": "p"}], ["a", "b"], round=1, origin="t", step="rank")
-    with store.write() as tx:
-        insert_new(tx, queues, [queue])
-        insert_new(tx, tasks, [row])
+    queue_prompts(store, ["p"], ["a", "b"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(accounts, "_SCRYPT", (2**4, 8, 1))
         patch.setattr(accounts, "_NOBODY", [])
