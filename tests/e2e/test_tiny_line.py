@@ -118,6 +118,36 @@ def test_lineage_leads_from_the_policy_to_the_annotators(whole: Path) -> None:
         assert word in answer.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_killed_line_goes_on_with_another_number_of_processes(
+    whole: Path, tmp_path: Path
+) -> None:
+    """The same steps on the same rows; sums over ranks are rounded in another order."""
+    run = tmp_path / "killed"
+    process = start("run", "configs/tiny.yaml", f"run.dir={run}", "launch.threads=1")
+    processes = 1
+    for glob in (
+        "pretrain/*/checkpoints/step-00000040",
+        "sft/*/checkpoints/*/COMMITTED.json",
+        "reward/*/checkpoints/step-00000003",
+        "ppo/*/checkpoints/step-00000002",
+    ):
+        kill_when(run, process, glob)
+        processes = 3 - processes
+        process = start("run", str(run), f"launch.processes={processes}")
+    assert process.wait(timeout=600) == 0
+    for name in ("pretrain", "sft"):
+        found, expected = rows_of(run, name), rows_of(whole, name)
+        assert [row["step"] for row in found] == [row["step"] for row in expected], name
+        for row, other in zip(found, expected, strict=True):
+            assert row["loss"] == pytest.approx(other["loss"], abs=2e-3), (name, row["step"])
+    # behind them a token may be sampled otherwise, and everything after it
+    for name in ("reward", "ppo"):
+        steps = [row["step"] for row in rows_of(whole, name)]
+        assert [row["step"] for row in rows_of(run, name)] == steps, name
+
+
 def test_a_killed_line_ends_with_the_same_digests_and_rows(whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "killed"
     process = start("run", "configs/tiny.yaml", f"run.dir={run}")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,6 +166,28 @@ def test_out_of_memory_names_what_to_lower(config, monkeypatch):
     with pytest.raises(StageError, match="sft: out of memory") as caught:
         execute(config)
     assert "Raise sft.accumulation_steps" in caught.value.hint
+
+
+def test_a_run_that_was_moved_and_whose_data_has_another_name_is_still_done(config, tmp_path):
+    code, err = finished(config)
+    assert code == 0, err
+    moved = tmp_path / "elsewhere" / "renamed"
+    moved.parent.mkdir()
+    (config.parent / "run").rename(moved)
+    for name in ("text.txt", "sft.jsonl"):
+        (config.parent / name).rename(moved.parent / f"new-{name}")
+    code, err = finished(moved)
+    assert code == 2
+    assert re.search(r"pretrain.data: \S+text.txt does not exist", err), err
+    given = [f"pretrain.data={moved.parent}/new-text.txt", f"sft.data={moved.parent}/new-sft.jsonl"]
+    code, err = finished(moved, *given)
+    assert code == 0, err
+    assert err.count("done, nothing to do") == len(states(moved))
+    # a copy lives beside the original
+    shutil.copytree(moved, tmp_path / "copy")
+    code, err = finished(tmp_path / "copy")
+    assert code == 0, err
+    assert err.count("done, nothing to do") == len(states(moved))
 
 
 @pytest.fixture
