@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +14,10 @@ from pipeline.records import Ranking, write_jsonl
 from pipeline.settings.model import ModelSettings
 from stages import tokenizer as tokenizer_stage
 from stages.models import new_causal_lm, save_model
+from tests.dist.ranks import run_ranks
 
 pytestmark = pytest.mark.dist
 
-ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("reward_worker.py")
 
 
@@ -43,12 +39,6 @@ def rankings() -> list[Ranking]:
     return found
 
 
-def free_port() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
-
-
 def run(folder: Path, base: Path, processes: int, reward: dict[str, Any]) -> dict[str, Any]:
     folder.mkdir()
     settings = {
@@ -57,27 +47,7 @@ def run(folder: Path, base: Path, processes: int, reward: dict[str, Any]) -> dic
     }
     given = {"settings": settings, "base": str(base), "rankings": str(base)}
     (folder / "given.json").write_text(json.dumps(given))
-    shared = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": free_port(),
-        "ACCELERATE_USE_CPU": "true",
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder)],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
-    for process in ranks:
-        error = process.communicate(timeout=120)[1]
-        assert process.returncode == 0, error
+    run_ranks(WORKER, folder, processes)
     found: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
     return found
 
