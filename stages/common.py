@@ -64,6 +64,8 @@ def start(settings: Settings, out: Out) -> Accelerator:
             "fsdp2 shards as ZeRO-3 does; see docs/several-processes.md.",
         )
     sharding.check(accelerator, out.stage)
+    if sharding.is_sharded(accelerator):
+        out.derived["sharded_over"] = accelerator.num_processes
     return accelerator
 
 

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -67,12 +66,13 @@ def check(accelerator: Accelerator, stage: str) -> None:
         )
     # what our loops would ignore in silence
     refused = {
-        "fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
-        "fsdp_cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading,
-        "fsdp_activation_checkpointing": plugin.activation_checkpointing,
+        "fsdp_offload_params: true": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+        "fsdp_cpu_ram_efficient_loading: true": plugin.cpu_ram_efficient_loading,
+        "fsdp_activation_checkpointing: true": plugin.activation_checkpointing,
+        "fsdp_reshard_after_forward: false": not plugin.reshard_after_forward,
     }
     if on := [key for key, is_on in refused.items() if is_on]:
-        raise ConfigError(f"launch.profile: the stages cannot use {', '.join(on)}; set it to false")
+        raise ConfigError(f"launch.profile: the stages cannot use {', '.join(on)}")
     if stage not in _STAGES:
         raise ConfigError(
             f"{stage} cannot shard its models",
@@ -92,9 +92,10 @@ def place(module: ModuleT, accelerator: Accelerator) -> ModuleT:
     if not is_sharded(accelerator):
         return module.to(accelerator.device)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for block in _blocks(module):
-        fully_shard(block, mesh=mesh, reshard_after_forward=_reshards())
-    fully_shard(module, mesh=mesh, reshard_after_forward=False)
+    for part in [*_blocks(module), module]:
+        # the outermost too, by default not: an optimiser made after a forward pass without a backward
+        # pass would be handed its whole weights, and never change its shards
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
     return module
 
 
@@ -103,11 +104,6 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
     parts = list(module.modules())
     names = {name for part in parts for name in getattr(part, "_no_split_modules", None) or ()}
     return [part for part in parts if type(part).__name__ in names and part is not module]
-
-
-def _reshards() -> bool:
-    """Whether layers give back what they gathered for a forward pass until the backward pass."""
-    return bool(AcceleratorState().fsdp_plugin.reshard_after_forward)
 
 
 def in_shards(module: nn.Module) -> bool:
@@ -161,16 +157,14 @@ def whole(*modules: nn.Module) -> Iterator[None]:
         yield
     finally:
         for part in _parts(modules):
+            part.set_reshard_after_forward(True, recurse=False)
             part.reshard()
-            if part not in modules:
-                part.set_reshard_after_forward(_reshards(), recurse=False)
 
 
 def make_whole(*modules: nn.Module) -> None:
     """`whole` without an end, where nothing trains any more; called by all ranks."""
     for part in _parts(modules):
-        if part not in modules:
-            part.set_reshard_after_forward(False, recurse=False)
+        part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
 
 
