@@ -38,7 +38,9 @@ from pipeline.worker import STOP_SIGNALS, die_with_parent, pid_file
 
 HOME = Path(__file__).resolve().parent.parent
 LOG = "rank0.log"
-SEVERAL = "several"  # the folder of the child with several processes, where other machines find its jobs
+SEVERAL = (
+    "several"  # the folder of the child with several processes, where other machines find its jobs
+)
 _POLL_SECONDS = 0.01
 _LOG_LINES = 15
 _BY_CODE: dict[int, type[ToolkitError]] = {

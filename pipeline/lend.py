@@ -33,7 +33,9 @@ def lend(run: Run) -> None:
     settings = run.settings.launch
     machines, own = launch.num_machines(settings), settings.machine_rank
     if machines == 1:
-        raise ConfigError(f"launch.machine_rank is {own}, but launch.machines says there is only one")
+        raise ConfigError(
+            f"launch.machine_rank is {own}, but launch.machines says there is only one"
+        )
     folder = run.jobs.absolute() / launch.SEVERAL
     print(  # noqa: T201
         f"machine {own} of {machines}: waiting for {settings.main_address}:{settings.main_port},"

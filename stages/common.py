@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from functools import lru_cache
@@ -39,6 +40,7 @@ def start(settings: Settings, out: Out) -> Accelerator:
             process where two were asked for, without a word).
         ConfigError: sharding of a kind that the stage cannot use.
     """
+    sharding.refuse_deepspeed()
     # bars of libraries, for work of milliseconds, between our own lines
     disable_progress_bar()
     # a child runs several stages; TRL's trainers leave their own state behind, and what accelerate
@@ -51,6 +53,8 @@ def start(settings: Settings, out: Out) -> Accelerator:
         ],
     )
     on_cpu = accelerator.device.type == "cpu"
+    # the Trainer would take the profile's word for it
+    os.environ["ACCELERATE_MIXED_PRECISION"] = accelerator.mixed_precision
     use_attention_in_fp32(on_cpu and accelerator.mixed_precision == "bf16")
     if accelerator.num_processes != out.world_size:
         raise StageError(
@@ -61,7 +65,7 @@ def start(settings: Settings, out: Out) -> Accelerator:
     if accelerator.distributed_type not in _KINDS:
         raise ConfigError(
             f"launch.profile asks for {accelerator.distributed_type.value}, which the stages cannot use",
-            "fsdp2 shards as ZeRO-3 does; see docs/several-processes.md.",
+            "ddp and fsdp2 are what they can use; see docs/several-processes.md.",
         )
     sharding.check(accelerator, out.stage)
     if sharding.is_sharded(accelerator):

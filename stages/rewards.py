@@ -25,8 +25,8 @@ from stages.models import (
     positions,
 )
 from stages.rollout import rows_to_score, score_rows
-from stages.sharding import place, whole
 from stages.rules import Messages, Rule, load_rule
+from stages.sharding import place, whole
 
 
 @dataclass

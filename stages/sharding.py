@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -38,6 +38,20 @@ _STAGES = ("pretrain", "sft", "sample", "reward", "ppo", "evaluate")
 def asked() -> bool:
     """Whether the launcher was told to shard."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def refuse_deepspeed() -> None:
+    """Before Accelerate is up, which only says that DeepSpeed is not installed.
+
+    Raises:
+        ConfigError: the launcher was told to use DeepSpeed.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        raise ConfigError(
+            "launch.profile asks for DeepSpeed, which would take over the optimisers and train weights"
+            " that are bf16 themselves, so that numbers and artifacts would be others",
+            "launch.profile=fsdp2 shards the same things; see docs/several-processes.md.",
+        )
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -92,7 +106,8 @@ def place(module: ModuleT, accelerator: Accelerator) -> ModuleT:
     if not is_sharded(accelerator):
         return module.to(accelerator.device)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for part in [*_blocks(module), module]:
+    parts: list[nn.Module] = [*_blocks(module), module]
+    for part in parts:
         # the outermost too, by default not: an optimiser made after a forward pass without a backward
         # pass would be handed its whole weights, and never change its shards
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
@@ -122,9 +137,7 @@ def exchange(module: nn.Module, accelerator: Accelerator) -> nn.Module:
     return prepared
 
 
-def accumulate(
-    module: nn.Module, last: bool
-) -> contextlib.AbstractContextManager[None]:
+def accumulate(module: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
     """Around a micro-batch: gradients are exchanged once a step, in the last one.
 
     Shards are exchanged in each: gradients that wait would be as large as the whole model.

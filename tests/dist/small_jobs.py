@@ -1,4 +1,4 @@
-"""Jobs of pretrain, sft, reward and ppo that take seconds, with data that does not divide by two."""
+"""Jobs of pretrain, sft, reward, ppo and evaluate that take seconds, with data that does not divide by two."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from pipeline.job import Input, Inputs, Job
-from pipeline.records import Ranking, write_jsonl
+from pipeline.records import Prompt, Ranking, write_jsonl
 from pipeline.settings import Settings
 from pipeline.settings.model import ModelSettings
 from stages import tokenizer as tokenizer_stage
-from stages.models import new_causal_lm, save_model
+from stages.models import load_tokenizer, new_causal_lm, save_model
 from tests import tiny_ppo
 
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_length": 512}
 PPO: dict[str, Any] = {
     # one validation prompt: rank 0 has none; responses of every length: the ranks differ in tokens
     "eval_prompts": 1,
@@ -53,19 +54,28 @@ def make_base(folder: Path) -> Path:
     texts = [f"{r.messages[0]['content']} {t}" for r in rankings() for t in r.responses]
     tokenizer = tokenizer_stage.train(iter(texts), 300, 2)
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_length": 512}
-    save_model(new_causal_lm(ModelSettings.model_validate(shape), tokenizer), tokenizer, folder)
+    save_model(new_causal_lm(ModelSettings.model_validate(SHAPE), tokenizer), tokenizer, folder)
     write_jsonl(folder / "rankings.jsonl", (r.to_row() for r in rankings()))
     write_jsonl(folder / "texts.jsonl", ({"text": f"{t} {i} " * 9} for i, t in enumerate(texts)))
     demonstrations = (
         {"prompt": f"Count to {i}.", "completion": f"{i} is {'so ' * (i % 5)}big"} for i in range(61)
     )
     write_jsonl(folder / "demonstrations.jsonl", demonstrations)
+    prompts = (Prompt(({"role": "user", "content": f"Say {i}"},), "test") for i in range(7))
+    write_jsonl(folder / "prompts.jsonl", (prompt.to_row() for prompt in prompts))
+    return folder
+
+
+def make_model(folder: Path, base: Path) -> Path:
+    """Another model with the tokenizer of `base`."""
+    tokenizer = load_tokenizer(Input("model", "sha256:0", path=base))
+    torch.manual_seed(1)
+    save_model(new_causal_lm(ModelSettings.model_validate(SHAPE), tokenizer), tokenizer, folder)
     return folder
 
 
 def make_job(stage: str, work: Path, base: Path, precision: str = "fp32", **own: Any) -> Job:
-    """A job of pretrain, sft or reward on what `make_base` made."""
+    """A job of pretrain, sft, reward or evaluate on what `make_base` made."""
     work.mkdir(parents=True)
     model = Input("model", "sha256:1", path=base)
     texts, shown = str(base / "texts.jsonl"), str(base / "demonstrations.jsonl")
@@ -81,6 +91,12 @@ def make_job(stage: str, work: Path, base: Path, precision: str = "fp32", **own:
         small = {"data": shown, "max_steps": 4, "minibatch_rows": 8, "accumulation_steps": 2}
         small |= {"max_length": 48, "eval_every_steps": 2, "heldout_fraction": 0.1, "lr": 1e-3}
         inputs = {"model": model, "data": Input("data", "sha256:2", sources=(shown,))}
+    elif stage == "evaluate":
+        # seven prompts for two, and a judge that is trained on four rankings
+        small = {"judge": "reward_model", "max_response_tokens": 8}
+        other = make_model(base.with_name(f"{work.name}-policy"), base)
+        inputs = {role: Input(role, f"sha256:{role}", path=base) for role in ("rankings", "prompts")}
+        inputs |= {"sft": model, "policy": Input("policy", "sha256:5", path=other)}
     else:
         # steps of 5, 5 and 1: the ranks have 3 and 2 micro-batches, and in the end 1 and none
         small = {"prompts_per_step": 5, "accumulation_steps": 3, "epochs": 1, "lr": 1e-3}

@@ -31,16 +31,16 @@ RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 class StoppedAfter(Out):
     """Gets a stop signal, on the last rank, when a step has been logged."""
 
-    step = 0
+    stop_at = 0
 
     def log(self, step: int, row: dict[str, Any]) -> None:
         super().log(step, row)
-        if step == self.step and RANK == WORLD_SIZE - 1:
+        if step == self.stop_at and RANK == WORLD_SIZE - 1:
             worker._signals_seen.append(signal.SIGTERM)
 
 
 def run(job: Job, stop_after: int | None) -> None:
-    kind = type("Out", (StoppedAfter,), {"step": stop_after}) if stop_after else Out
+    kind = type("Out", (StoppedAfter,), {"stop_at": stop_after}) if stop_after else Out
     out = kind(job, RANK, WORLD_SIZE)
     out.artifact.mkdir(parents=True, exist_ok=True)
     stage = importlib.import_module(job.module)

@@ -13,8 +13,10 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 
 from pipeline import launch
 from pipeline.errors import ConfigError
+from pipeline.settings import Settings
 from pipeline.settings.launch import LaunchSettings
 from stages import sharding
+from stages.common import start
 
 FILES = sorted((launch.configs() / "accelerate").glob("*.yaml"))
 # kind, machines, processes over all of them
@@ -68,12 +70,9 @@ def test_the_number_of_processes_is_ours(tmp_path):
 def test_the_second_of_two_machines(tmp_path):
     place = {"machine_rank": 1, "main_address": "10.1.2.3", "main_port": 4444}
     arguments = parsed(command(tmp_path, profile="two_nodes", **place))
-    env = prepare_multi_gpu_env(arguments)
-    assert (arguments.nproc_per_node, arguments.nnodes, arguments.node_rank) == ("8", "2", "1")
-    assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("10.1.2.3", "4444") or (
-        arguments.master_addr,
-        arguments.master_port,
-    ) == ("10.1.2.3", "4444")
+    prepare_multi_gpu_env(arguments)
+    assert (arguments.nproc_per_node, arguments.nnodes, int(arguments.node_rank)) == ("8", "2", 1)
+    assert (arguments.master_addr, arguments.master_port) == ("10.1.2.3", "4444")
 
 
 def plugin_of(monkeypatch, tmp_path, profile="fsdp2", **changes):
@@ -116,6 +115,7 @@ def test_what_would_be_ignored_is_refused(monkeypatch, tmp_path, name, value, sa
 
 def test_the_first_version_of_fsdp_is_refused(monkeypatch, tmp_path):
     changes = {"FSDP_VERSION": "1", "FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD"}
+    changes |= {"FSDP_SYNC_MODULE_STATES": "false"}
     plugin = plugin_of(monkeypatch, tmp_path, **changes)
     with pytest.raises(ConfigError, match="version 1 of FSDP"):
         sharding.check(accelerator_of(plugin), "ppo")
@@ -134,10 +134,18 @@ def test_shards_that_accelerate_forgot_are_missed(monkeypatch, tmp_path):
         sharding.check(accelerator_of(plugin, DistributedType.MULTI_CPU), "ppo")
 
 
+def test_deepspeed_is_refused_before_it_is_looked_for(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigError, match=r"asks for DeepSpeed[\s\S]*fsdp2"):
+        start(Settings.model_validate({"model": {"base": "x"}}), SimpleNamespace(stage="sft"))
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_shards_by_its_stage(monkeypatch, tmp_path, stage):
     monkeypatch.delenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", raising=False)
     arguments = parsed(command(tmp_path, profile=f"zero{stage}"))
+    # the names of what the file sets; `launch_command` puts them there
+    arguments.deepspeed_fields_from_accelerate_config = "zero_stage"
     env = prepare_deepspeed_cmd_env(arguments)[1]
     assert env["ACCELERATE_USE_DEEPSPEED"] == "true"
     assert env["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == str(stage)
