@@ -43,7 +43,7 @@ from stages.reward_losses import (
     plackett_luce_loss,
 )
 from stages.rollout import in_micro_batches
-from stages.sharding import accumulate, exchange
+from stages.sharding import accumulate, exchange, most
 from stages.shared_prefix import GroupScorer, PromptGroup
 
 # prompts that another one is chosen from (of 2 and of 32 a small model learnt the same, of 2 a little more)
@@ -174,7 +174,9 @@ def _gradients(
     costs = [
         plain.cost(batch[i].group) + (plain.cost(off_prompt[i]) if i in swapped else 0) for i in own
     ]
-    parts = [[own[i] for i in index] for index in in_micro_batches(costs, at_once, accelerator.device)]
+    parts = [
+        [own[i] for i in index] for index in in_micro_batches(costs, at_once, accelerator.device)
+    ]
     # a rank without rankings still takes part in the exchange of gradients, one of few in each pass
     parts += [[]] * (most(max(1, len(parts)), accelerator) - len(parts))
     nothing = PromptGroup(batch[0].group.prompt, batch[0].group.responses[:1])
