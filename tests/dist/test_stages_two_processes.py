@@ -18,22 +18,31 @@ from tests.tiny_ppo import rows_of
 pytestmark = pytest.mark.dist
 
 
-def run(folder: Path, base: Path, processes: int) -> list[Path]:
+def run(folder: Path, base: Path, processes: int, **extra: str) -> list[Path]:
+    folder.mkdir()
     jobs = [make_job(stage, folder / stage, base) for stage in ("reward", "evaluate")]
-    run_jobs(folder / "jobs.json", jobs, processes)
+    run_jobs(folder / "jobs.json", jobs, processes, **extra)
     return [job.work for job in jobs]
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
-def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+MANY = {"two": (2, {}), "three": (3, {}), "two, in shards": (2, {"SHARD_ON_CPU": "1"})}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("stages")
     base = make_base(folder / "base")
-    found = []
-    for processes in (1, request.param):
-        own = folder / str(processes)
-        own.mkdir()
-        found.append(run(own, base, processes))
-    return found
+    return base, run(folder / "one", base, 1)
+
+
+@pytest.fixture(
+    scope="module",
+    params=["two", *(pytest.param(name, marks=pytest.mark.slow) for name in list(MANY)[1:])],
+)
+def both(request: pytest.FixtureRequest, alone: Any) -> Any:
+    base, one = alone
+    processes, extra = MANY[request.param]
+    return [one, run(base.parent / request.param, base, processes, **extra)]
 
 
 def test_the_reward_model_is_that_of_one_process(both: list[list[Path]]) -> None:
