@@ -72,7 +72,7 @@ def test_the_second_of_two_machines(tmp_path):
     arguments = parsed(command(tmp_path, profile="two_nodes", **place))
     prepare_multi_gpu_env(arguments)
     assert (arguments.nproc_per_node, arguments.nnodes, int(arguments.node_rank)) == ("8", "2", 1)
-    assert (arguments.master_addr, arguments.master_port) == ("10.1.2.3", "4444")
+    assert arguments.rdzv_endpoint == "10.1.2.3:4444"
 
 
 def plugin_of(monkeypatch, tmp_path, profile="fsdp2", **changes):
