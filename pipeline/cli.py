@@ -106,7 +106,7 @@ def _run(
     finish: bool = False,
     wait: bool | None = None,
 ) -> None:
-    from pipeline import runner, sources, waiting, workspace
+    from pipeline import lend, runner, sources, waiting, workspace
 
     draft = workspace.draft_run(target, overrides or ())
     runner.select(draft.settings, until, only)
@@ -114,6 +114,9 @@ def _run(
     if dry_run:
         for line in runner.dry_run(draft, until, only):
             print(line)
+        return
+    if draft.settings.launch.machine_rank:
+        lend.lend(draft)
         return
     if only:
         runner.check_ready(draft, only)

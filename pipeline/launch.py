@@ -22,6 +22,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+import yaml
+
 from pipeline.crashes import memory_hint
 from pipeline.errors import (
     EXIT_INTERRUPTED,
@@ -36,10 +38,13 @@ from pipeline.errors import (
 from pipeline.files import read_json, write_atomic
 from pipeline.job import Job
 from pipeline.settings.launch import LaunchSettings
-from pipeline.worker import STOP_SIGNALS, die_with_parent
+from pipeline.worker import STOP_SIGNALS, die_with_parent, pid_file
 
 HOME = Path(__file__).resolve().parent.parent
 LOG = "rank0.log"
+SEVERAL = (
+    "several"  # the folder of the child with several processes, where other machines find its jobs
+)
 _POLL_SECONDS = 0.01
 _WATCH_SECONDS = 0.2
 _LAST_WORD_SECONDS = 1.0
@@ -126,22 +131,49 @@ def is_several(settings: LaunchSettings) -> bool:
     return settings.processes > 1 or settings.profile != "auto"
 
 
+def num_machines(settings: LaunchSettings) -> int:
+    """How many machines share the processes.
+
+    Raises:
+        ConfigError: this is none of them, or they cannot have equally many processes.
+    """
+    count = settings.machines
+    if count is None and settings.profile != "auto":
+        values = yaml.safe_load(find_profile(settings.profile).read_text(encoding="utf-8"))
+        count = int(values.get("num_machines", 1)) if isinstance(values, dict) else 1
+    count = count or 1
+    if settings.machine_rank >= count:
+        raise ConfigError(
+            f"launch.machine_rank {settings.machine_rank}: there are {count} machines, counted from 0"
+        )
+    if settings.processes % count and (settings.processes > 1 or settings.profile == "auto"):
+        raise ConfigError(
+            f"launch.processes {settings.processes} cannot be shared equally by {count} machines"
+        )
+    return count
+
+
 def command(settings: LaunchSettings, several: bool, folder: Path) -> list[str]:
     """The command line of a worker that takes its jobs from `folder`."""
     worker = ["-m", "pipeline.worker", str(folder)]
     if not several:
         return [sys.executable, *worker]
+    machines = num_machines(settings)
+    own, address, port = str(settings.machine_rank), settings.main_address, str(settings.main_port)
     if settings.profile == "auto":
-        launcher = ["torch.distributed.run", "--standalone"]
-        return [
-            sys.executable,
-            *("-m", *launcher, "--nproc_per_node", str(settings.processes)),
-            *worker,
-        ]
-    profile = str(find_profile(settings.profile))
-    options = ["--config_file", profile]
+        options = ["--nproc_per_node", str(settings.processes // machines)]
+        if machines == 1:
+            options = ["--standalone", *options]
+        else:
+            options += ["--nnodes", str(machines), "--node_rank", own]
+            options += ["--master_addr", address, "--master_port", port]
+        return [sys.executable, "-m", "torch.distributed.run", *options, *worker]
+    options = ["--config_file", str(find_profile(settings.profile))]
     if settings.processes > 1:
         options += ["--num_processes", str(settings.processes)]
+    if machines > 1:
+        options += ["--num_machines", str(machines), "--machine_rank", own]
+        options += ["--main_process_ip", address, "--main_process_port", port]
     return [sys.executable, "-m", "accelerate.commands.launch", *options, *worker]
 
 
@@ -273,7 +305,7 @@ class Child:
     def _ranks(self) -> dict[int, int]:
         """The process id of each rank that has begun, by rank."""
         found = {}
-        for path in sorted(self._folder.glob("rank*.pid")):
+        for path in sorted(self._folder.glob(pid_file(0, "*"))):
             pid = read_json(path)
             if isinstance(pid, int):
                 found[int(path.stem.removeprefix("rank"))] = pid
@@ -432,7 +464,7 @@ class Crew:
         # the rank step is about people: one process, whatever training needs
         several = is_several(self._settings) and job.stage != "rank"
         if several not in self._children:
-            folder = self._folder / ("several" if several else "plain")
+            folder = self._folder / (SEVERAL if several else "plain")
             self._children[several] = Child(self._settings, several, folder)
         self._children[several].run(job, self.stop)
 

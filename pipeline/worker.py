@@ -103,8 +103,12 @@ def _on_signal(number: int, _frame: FrameType | None) -> None:
 def run_jobs(folder: Path) -> int:
     """Work on the jobs in `folder` as they appear, until `end`; the exit code."""
     rank = int(os.environ.get("RANK", "0"))
+    machine = int(os.environ.get("GROUP_RANK", "0"))
+    while machine and not folder.is_dir():
+        # made by the first machine; a shared file system may show it late
+        time.sleep(_POLL_SECONDS)
     # the parent signals the ranks themselves: launchers in between handle signals in their own way
-    write_atomic(folder / f"rank{rank}.pid", str(os.getpid()), durable=False)
+    write_atomic(folder / pid_file(machine, rank), str(os.getpid()), durable=False)
     number = 0
     while True:
         file = folder / f"{number:03d}.json"
@@ -116,10 +120,15 @@ def run_jobs(folder: Path) -> int:
             number += 1
         elif stop_requested():
             return Stopped.exit_code
-        elif (folder / "end").exists():
+        elif (folder / "end").exists() or not folder.is_dir():
             return EXIT_DONE
         else:
             time.sleep(_POLL_SECONDS)
+
+
+def pid_file(machine: int, rank: int | str) -> str:
+    """Where a rank writes its process id. On other machines it means other processes."""
+    return f"machine{machine}-rank{rank}.pid" if machine else f"rank{rank}.pid"
 
 
 def run_file(file: Path, tell: bool = True) -> int:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stages.models import backbone_and_head
+from stages.sharding import state_of
 
 FOLDER = "adapter"
 _ORIGIN = "adapter.json"
@@ -27,7 +28,7 @@ def save_reward_adapter(model: PeftModel, artifact: Path, base_digest: str) -> N
     """
     folder = artifact / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    weights = get_peft_model_state_dict(model)
+    weights = get_peft_model_state_dict(model, state_dict=state_of(model))
     # the head is stored on its own: on a language model there is no place for it
     head = backbone_and_head(model)[1]
     lora = {name: t for name, t in weights.items() if "lora_" in name}

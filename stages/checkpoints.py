@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.job import Out
+from stages.sharding import gathered, like
 
 Tensors = dict[str, Tensor]
 _MANIFEST = "MANIFEST.json"
@@ -51,15 +52,15 @@ class Checkpointer:
     ) -> None:
         """Write a checkpoint (rank 0), wait until it is on disk, then delete the oldest ones."""
         started = time.perf_counter()
-        if self._out.rank == 0:
-            self._write(step, tensors, state)
+        keep = self._out.rank == 0
+        groups = {group: gathered(named, keep) for group, named in tensors.items()}
+        if keep:
+            self._write(step, groups, state)
         if self._accelerator is not None:
             self._accelerator.wait_for_everyone()
         self._out.spend("checkpoint", time.perf_counter() - started)
 
-    def _write(
-        self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]
-    ) -> None:
+    def _write(self, step: int, tensors: dict[str, Tensors], state: dict[str, Any]) -> None:
         final = self._folder / f"step-{step:08d}"
         if final.exists() and damage(final, _MANIFEST) is None:
             # a stop right after a save: replacing the folder would leave a moment with neither
@@ -69,8 +70,7 @@ class Checkpointer:
             shutil.rmtree(leftover)
         temporary.mkdir(parents=True)
         for group, named in tensors.items():
-            on_cpu = {name: t.detach().cpu().contiguous() for name, t in named.items()}
-            save_file(on_cpu, temporary / f"{group}.safetensors")
+            save_file(named, temporary / f"{group}.safetensors")
         (temporary / "state.json").write_text(json.dumps({"step": step, **state}))
         sums = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
         (temporary / _MANIFEST).write_text(json.dumps(sums))
@@ -149,7 +149,7 @@ def load_trainable(model: nn.Module | Mapping[str, Tensor], tensors: Tensors) ->
     assert parameters.keys() == tensors.keys(), parameters.keys() ^ tensors.keys()
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(like(tensors[name], parameter))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
@@ -163,9 +163,12 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
     """Put saved moments back; learning rates are set by the loop at each step."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, Tensors] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
+        if value.dim():  # a moment, of the parameter's shape; the count of steps is a number
+            value = like(value, parameters[int(index)])
         state.setdefault(int(index), {})[name] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

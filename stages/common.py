@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from functools import lru_cache
@@ -20,12 +21,14 @@ from pipeline import worker
 from pipeline.errors import ConfigError, StageError, Stopped
 from pipeline.job import Out
 from pipeline.settings import Settings
+from stages import sharding
 from stages.attention import use_attention_in_fp32
 
 _KINDS = (
     DistributedType.NO,
     DistributedType.MULTI_CPU,
     DistributedType.MULTI_GPU,
+    DistributedType.FSDP,
 )
 
 
@@ -35,11 +38,14 @@ def start(settings: Settings, out: Out) -> Accelerator:
     Raises:
         StageError: the number of processes differs from the launcher's (accelerate can start one
             process where two were asked for, without a word).
+        ConfigError: sharding of a kind that the stage cannot use.
     """
+    sharding.refuse_deepspeed()
     # bars of libraries, for work of milliseconds, between our own lines
     disable_progress_bar()
-    # a child runs several stages; TRL's trainers leave their own state behind
-    AcceleratorState._reset_state()
+    # a child runs several stages; TRL's trainers leave their own state behind, and what accelerate
+    # knows of the processes says FSDP after the first stage, so that it would not set it up again
+    AcceleratorState._reset_state(reset_partial_state=sharding.asked())
     accelerator = Accelerator(
         mixed_precision="bf16" if settings.model.precision == "bf16" else "no",
         kwargs_handlers=[
@@ -47,6 +53,8 @@ def start(settings: Settings, out: Out) -> Accelerator:
         ],
     )
     on_cpu = accelerator.device.type == "cpu"
+    # the Trainer would take the profile's word for it
+    os.environ["ACCELERATE_MIXED_PRECISION"] = accelerator.mixed_precision
     use_attention_in_fp32(on_cpu and accelerator.mixed_precision == "bf16")
     if accelerator.num_processes != out.world_size:
         raise StageError(
@@ -55,12 +63,13 @@ def start(settings: Settings, out: Out) -> Accelerator:
             "Check launch.profile and launch.processes.",
         )
     if accelerator.distributed_type not in _KINDS:
-        # DDP only: the loops build their optimisers on the whole, unsharded model
         raise ConfigError(
-            f"launch.profile asks for {accelerator.distributed_type.value}, which the stages cannot"
-            " use yet",
-            "Use a profile of plain data parallelism (MULTI_GPU, MULTI_CPU).",
+            f"launch.profile asks for {accelerator.distributed_type.value}, which the stages cannot use",
+            "ddp and fsdp2 are what they can use; see docs/several-processes.md.",
         )
+    sharding.check(accelerator, out.stage)
+    if sharding.is_sharded(accelerator):
+        out.derived["sharded_over"] = accelerator.num_processes
     return accelerator
 
 
@@ -196,7 +205,7 @@ def warmup_linear(step: int, total: int, warmup_fraction: float) -> float:
 
 def clip_gradients(model: nn.Module | Iterable[nn.Parameter], max_norm: float) -> float:
     """Clip the gradients of the trainable parameters; their norm before it."""
-    return float(nn.utils.clip_grad_norm_(_trainable(model), max_norm))
+    return sharding.as_number(nn.utils.clip_grad_norm_(_trainable(model), max_norm))
 
 
 def _trainable(model: nn.Module | Iterable[nn.Parameter]) -> list[nn.Parameter]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.rollout import Sequences, all_logprobs, in_full, over_responses, response_logprobs
+from stages.sharding import whole
 
 # parameters of the critic's adapter inside a PeftModel
 _OF_VALUE = re.compile(r"\.lora_\w+\.value\.")
@@ -218,7 +219,8 @@ class Agent:
 
     def logprobs(self, batch: Sequences, rows_at_once: int) -> Tensor:
         """Logprobs of the responses under the policy, `[B, R]`, without a gradient."""
-        return all_logprobs(self.policy, batch, self.temperature, rows_at_once)
+        with whole(self.policy):
+            return all_logprobs(self.policy, batch, self.temperature, rows_at_once)
 
     def values(self, batch: Sequences, rows_at_once: int) -> Tensor:
         """Values of the states before the response tokens, `[B, R]`, without a gradient."""
@@ -231,7 +233,15 @@ class Agent:
                 response_logprobs(self.policy, b, self.temperature)
             return b.spread(in_full(self.value_head, seen[0]))
 
-        return over_responses(values, batch, rows_at_once)
+        with whole(*self.read_by_critic()):
+            return over_responses(values, batch, rows_at_once)
+
+    def read_by_critic(self) -> list[nn.Module]:
+        """The modules that `values` calls."""
+        if self.critic is not None:
+            return [self.critic.backbone, self.critic.head]
+        assert self.value_head is not None
+        return [self.policy, self.value_head]
 
 
 def separate(

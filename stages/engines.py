@@ -33,13 +33,14 @@ from transformers import (
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
-from pipeline.errors import StageError
+from pipeline.errors import ConfigError, StageError
 from pipeline.settings.online import OnlineSettings
 from pipeline.settings.ppo import PpoSettings
 from pipeline.settings.rollout import RolloutSettings
 from stages.common import seed_for
 from stages.generation import Generated, generate
 from stages.rollout import make_sequences, response_logprobs
+from stages.sharding import in_shards, state_of, whole
 from stages.vllm_client import VllmClient
 
 _PAGE_TOKENS = 16  # of the paged cache; large pages are mostly empty at short responses
@@ -110,8 +111,15 @@ def make_engine(
 
     Raises:
         StageError: the vLLM server cannot be reached, or was started otherwise than we need.
+        ConfigError: continuous with a policy in shards.
     """
     if settings.engine == "continuous":
+        if in_shards(policy):
+            raise ConfigError(
+                "ppo.rollout.engine: continuous cannot sample from a policy in shards, because it"
+                " computes in a thread of its own",
+                "Use ppo.rollout.engine=hf or vllm, or launch.profile=ddp.",
+            )
         return ContinuousEngine(policy, sampling, accelerator)
     if settings.engine == "vllm":
         return VllmEngine(settings, policy, sampling, accelerator, folder)
@@ -189,7 +197,8 @@ class ContinuousEngine:
         if self._in_full:
             self._model = _plain(policy)
         else:
-            self._model.load_state_dict(plain_weights(policy))
+            with whole(policy):
+                self._model.load_state_dict(plain_weights(policy))
 
     def generate(self, prompts: list[list[int]], seeds: list[int]) -> list[Generated]:
         if not prompts:
@@ -286,11 +295,13 @@ class VllmEngine:
 
     def update(self, policy: PreTrainedModel | PeftModel) -> None:
         self._policy = policy
+        # a fresh name each time: neither side may find what it cached under the last one
+        current = self._folder / str(self._updates)
+        with whole(policy):
+            if self._accelerator.is_main_process:
+                shutil.rmtree(current, ignore_errors=True)
+                save_plain(policy, current)
         if self._accelerator.is_main_process:
-            # a fresh name each time: neither side may find what it cached under the last one
-            current = self._folder / str(self._updates)
-            shutil.rmtree(current, ignore_errors=True)
-            save_plain(policy, current)
             self._client.load_weights(current)
             # the server has read it: the next one may be long in coming
             shutil.rmtree(current)
@@ -394,7 +405,7 @@ def plain_weights(policy: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
     model = _plain(policy)
     adapted = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
     weights: dict[str, Tensor] = {}
-    for key, tensor in model.state_dict().items():
+    for key, tensor in state_of(model).items():
         owner = next((name for name in adapted if key.startswith(f"{name}.")), None)
         if owner is None:
             weights[key] = tensor

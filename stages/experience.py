@@ -26,6 +26,7 @@ from stages.generation import Generated
 from stages.prompts import PromptIds
 from stages.rewards import RewardModel, Rewards
 from stages.rollout import Sequences, all_logprobs, make_sequences, mean_repetition
+from stages.sharding import whole
 
 
 @dataclass
@@ -89,16 +90,18 @@ def roll_out(
 ) -> Rollout:
     """One response to each prompt; the same seed, prompt and policy give the same response."""
     device = accelerator.device
+    agent = models.agent
     share = own_share(len(prompts), accelerator)
-    own_prompts = [prompts[i] for i in share]
-    generated = models.engine.generate(
-        [prompt.ids for prompt in own_prompts], [seeds[i] for i in share]
-    )
-    own: list[_Row] = []
-    if own_prompts:
-        with torch.no_grad(), accelerator.autocast():
-            own = _score(models, own_prompts, generated, ppo, device, with_gold)
-    rows = gather_list(own, accelerator)
+    # a rank without a prompt does the first one for nothing: shards are gathered by all ranks together
+    done = share or range(1)
+    own_prompts = [prompts[i] for i in done]
+    with whole(agent.policy, *([agent.value_head] if agent.value_head is not None else [])):
+        generated = models.engine.generate(
+            [prompt.ids for prompt in own_prompts], [seeds[i] for i in done]
+        )
+    with torch.no_grad(), accelerator.autocast():
+        own = _score(models, own_prompts, generated, ppo, device, with_gold)
+    rows = gather_list(own if share else [], accelerator)
     batch = make_sequences(
         [row.prompt for row in rows],
         [row.response for row in rows],
@@ -178,7 +181,7 @@ def _ref_logprobs(models: Models, batch: Sequences, ppo: PpoSettings) -> Tensor:
     model = models.reference
     if model is None:
         assert isinstance(policy, PeftModel)
-    with nullcontext() if model is not None else active(policy, None):
+    with whole(model or policy), nullcontext() if model is not None else active(policy, None):
         return all_logprobs(model or policy, batch, ppo.temperature, ppo.rows_per_rank)
 
 

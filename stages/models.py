@@ -50,6 +50,7 @@ from stages.repairs import (
     switch_dropout_off,
     without_quantization,
 )
+from stages.sharding import state_of
 
 __all__ = [
     "CHAT_TEMPLATE",
@@ -367,12 +368,15 @@ def merge_lora(model: nn.Module) -> PreTrainedModel:
 def save_model(
     model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    """An HF folder whose bytes depend on the content only: no path, date or library version."""
+    """An HF folder whose bytes depend on the content only: no path, date or library version.
+
+    A sharded model is saved inside `sharding.whole`.
+    """
     _refuse_pad_eos(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     if model is not None:
         model.config._name_or_path = ""
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state_of(model))
         for name in ("config.json", "generation_config.json"):
             _strip(folder / name, "transformers_version", "_name_or_path", "_model_name_or_path")
     tokenizer.save_pretrained(folder)

@@ -23,7 +23,6 @@ validation_score, validation_kl, validation_reward (and validation_gold) decide 
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any
 
@@ -79,6 +78,7 @@ from stages.ppo_models import load_models
 from stages.prompts import PromptIds, encode_prompts, load_prompts, longest_prompt, of_split
 from stages.ptx import PtxRows
 from stages.rollout import Sequences, in_micro_batches
+from stages.sharding import accumulate, like, make_whole, most
 
 
 def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
@@ -109,6 +109,7 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
         models.engine.close()
 
     load_trainable(agent.policy_parameters(), loop.best)
+    make_whole(agent.policy)
     policy = merge_lora(agent.policy)
     if out.rank == 0:
         save_model(policy, models.tokenizer, out.artifact)
@@ -297,20 +298,23 @@ class _Loop:
         ptx_parts: list[Sequences | None] = [None] * len(parts)
         if self.ptx and train_policy:
             ptx_parts = self.ptx.split(self.update * self.steps_per_update + step, len(parts))
+        num_passes = most(len(parts), accelerator)
         sums: dict[str, Tensor] = {}
         # pass by pass, not part by part: ranks with different numbers of parts would otherwise issue
         # the collectives of two passes in different orders, and wait for each other without end
         for module in passes:
-            for number, (part, ptx) in enumerate(zip(parts, ptx_parts, strict=True)):
-                # gradients are exchanged once, in the last micro-batch
-                last = number == len(parts) - 1
-                with contextlib.nullcontext() if last else accelerator.no_sync(module):
-                    picked = [own[i] for i in part]
-                    outputs = module(batch.rows(picked), ptx)
+            for number in range(num_passes):
+                # beyond its own part a rank keeps the others company: the first part again, for nothing
+                spare = number >= len(parts)
+                picked = [own[i] for i in parts[0 if spare else number]]
+                ptx = None if spare else ptx_parts[number]
+                with accumulate(module, last=number == num_passes - 1):
+                    with accelerator.autocast():
+                        outputs = module(batch.rows(picked), ptx)
                     loss, found = self._loss(outputs, experience, picked, num_valid, train_policy)
                     # gradients are averaged over ranks, while num_valid counts the tokens of all
-                    accelerator.backward(loss * accelerator.num_processes)
-                for name, value in found.items():
+                    accelerator.backward(loss * (0.0 if spare else accelerator.num_processes))
+                for name, value in found.items() if not spare else ():
                     before = sums.get(name, torch.zeros_like(value))
                     sums[name] = (
                         torch.maximum(before, value) if name == "ratio_max" else before + value
@@ -473,7 +477,10 @@ class _Loop:
         load_trainable(self.value_parameters, found.tensors["value"])
         load_optimizer(self.policy_optimizer, found.tensors.get("policy_optimizer", {}))
         load_optimizer(self.value_optimizer, found.tensors["value_optimizer"])
-        self.best = {name: tensor.to(device) for name, tensor in found.tensors["best"].items()}
+        self.best = {
+            name: like(tensor.to(device), self.policy_parameters[name])
+            for name, tensor in found.tensors["best"].items()
+        }
         self.best_metrics = found.state["best_metrics"]
         self.best_value = found.state["best_value"]
         self.alarms.restore(found.state["alarms"])

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch import nn
 
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, ConfigError
 from pipeline.job import Input, Inputs, Out
 from pipeline.settings import Settings
 from pipeline.settings.ppo import PpoSettings
@@ -36,18 +36,26 @@ from stages.models import (
     load_tokenizer,
 )
 from stages.rewards import RewardModel, load_given, load_learned, load_rewards
+from stages.sharding import exchange, is_sharded, place
 
 
 def load_models(settings: Settings, inputs: Inputs, accelerator: Accelerator, out: Out) -> Models:
     ppo, device = settings.ppo, accelerator.device
     tokenizer = load_tokenizer(inputs["model"])
     torch.manual_seed(seed_for(settings.run.seed, "ppo", *later_round(out.round), "adapters"))
-    policy = add_lora(load_causal_lm(inputs["model"]), ppo.lora, "policy").to(device)
     kind = ppo.critic or ("lora" if ppo.lora.rank else "separate")
+    if kind == "lora" and is_sharded(accelerator):
+        raise ConfigError(
+            "ppo.critic: lora puts two adapters on one base, which cannot be sharded",
+            "Set ppo.critic=separate or shared, or launch.profile=ddp: adapters have small optimisers.",
+        )
+    policy = place(add_lora(load_causal_lm(inputs["model"]), ppo.lora, "policy"), accelerator)
     # none where rules or reward models of the user's alone reward
     learned = inputs.get("reward_model")
     on_base = kind == "lora" and _put_on_base(policy, inputs["model"], learned)
     agent = _make_agent(kind, ppo, policy, inputs["model"], learned, on_base, device)
+    if kind != "lora":
+        _place_critic(agent, accelerator)
     own = None
     if learned is not None and on_base:
         own = _reward_on_base(learned, ppo.reward_weight, policy, device)
@@ -57,22 +65,35 @@ def load_models(settings: Settings, inputs: Inputs, accelerator: Accelerator, ou
     is_base = ppo.lora.rank > 0 and inputs["reference"].digest == inputs["model"].digest
     reference = None
     if not is_base:
-        reference = load_causal_lm(inputs["reference"]).to(device).eval().requires_grad_(False)
+        reference = load_causal_lm(inputs["reference"]).eval().requires_grad_(False)
+        reference = place(reference, accelerator)
     out.derived["frozen_models"] = (not is_base) + (learned is not None and not on_base)
     # dropout would make the ratio of an unchanged policy differ from 1
     for part in agent.passes:
         part.eval()
-    agent.passes = [accelerator.prepare_model(part) for part in agent.passes]
+    agent.passes = [exchange(part, accelerator) for part in agent.passes]
     contract = contract_of(tokenizer, policy)
     rewards = load_rewards(ppo, own, inputs, contract, ppo.max_response_tokens, out, device)
     gold = None
     if "gold" in inputs:
         path = inputs["gold"].sources[0]
         gold = load_given("gold", path, 0.0, contract, ppo.max_response_tokens, out).to(device)
+    if is_sharded(accelerator):
+        for source in [*rewards.models, *([gold] if gold else [])]:
+            source.place(accelerator)
     sampling = Sampling.of(ppo, tokenizer)
     folder = out.checkpoints / "weights"
     engine = make_engine(ppo.rollout, policy, sampling, accelerator, folder, agent.value_head)
     return Models(agent, engine, reference, rewards, gold, tokenizer)
+
+
+def _place_critic(agent: Agent, accelerator: Accelerator) -> None:
+    """The parts of the critic one by one, as its pass calls them."""
+    if agent.value_head is not None:
+        place(agent.value_head, accelerator)
+    if agent.critic is not None:
+        place(agent.critic.backbone, accelerator)
+        place(agent.critic.head, accelerator)
 
 
 def _put_on_base(policy: PeftModel, model: Input, reward_model: Input | None) -> bool:

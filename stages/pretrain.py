@@ -15,7 +15,6 @@ a small model), lr, grad_norm (steady, below a few units), tokens_per_second.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 
@@ -63,6 +62,7 @@ from stages.models import (
 )
 from stages.objectives import objective
 from stages.packing import PackedRows, pack_sources
+from stages.sharding import accumulate, exchange, make_whole, place, whole
 
 _SAMPLES = 2
 _SAMPLE_TOKENS = 80
@@ -80,7 +80,7 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
         model = new_masked_lm(settings.model, tokenizer)
     else:
         model = new_causal_lm(settings.model, tokenizer)
-    model = model.to(accelerator.device)
+    model = place(model, accelerator)
     _check_length(model, own)
     train, heldout = _packed(own, inputs, tokenizer, accelerator, out)
     loop = Loop(settings, model, tokenizer, (train, heldout), accelerator, out)
@@ -101,6 +101,7 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     )
     last = loop.run()
 
+    make_whole(model)
     if out.rank == 0:
         save_model(model, tokenizer, out.artifact)
     out.contract.update(contract_of(tokenizer, model))
@@ -171,7 +172,7 @@ class Loop:
         self.objective = objective(own, model, tokenizer, settings.run.seed)
         self.optimizer = adamw(model, own.lr, own.weight_decay, own.beta2)
         self.checkpoints = Checkpointer(out, settings.launch.keep_checkpoints, accelerator)
-        self.wrapped = accelerator.prepare_model(model)
+        self.wrapped = exchange(model, accelerator)
         self.step = 0
         self.evaluated: Metrics = {}
         self.clock = 0.0
@@ -203,10 +204,11 @@ class Loop:
         self.clock = now
         last = self.step == own.steps
         if self.step % own.eval_every_steps == 0 or last:
-            self.evaluated = self._evaluate()
+            with whole(self.model):
+                self.evaluated = self._evaluate()
+                if self.out.rank == 0 and own.objective == "causal":
+                    self._show()
             row |= self.evaluated
-            if self.out.rank == 0 and own.objective == "causal":
-                self._show()
             self.clock = time.perf_counter()
         self.out.log(self.step, row)
         self.out.progress(self.step, own.steps)
@@ -230,8 +232,7 @@ class Loop:
             rows = mine[at : at + self.rows_per_rank]
             tokens_BT = self.train.rows(rows).to(accelerator.device)
             last = at + self.rows_per_rank >= len(mine)
-            # gradients are exchanged once, in the last micro-batch
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
+            with accumulate(self.wrapped, last):
                 with accelerator.autocast():
                     loss = self.objective.loss(self.wrapped, tokens_BT, rows, self.step)
                 # every row predicts equally many tokens: the mean of means is the token mean

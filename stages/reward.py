@@ -36,6 +36,7 @@ from stages.adapters import save_reward_adapter
 from stages.common import num_parameters, seed_for, start
 from stages.models import (
     add_lora,
+    backbone_and_head,
     contract_of,
     load_tokenizer,
     merge_lora,
@@ -53,6 +54,7 @@ from stages.ranked_data import (
 from stages.reward_heads import Heads, add_heads, mean_head, save_heads
 from stages.reward_measures import measure
 from stages.reward_training import train_reward_model
+from stages.sharding import make_whole, place, whole
 from stages.shared_prefix import GroupScorer, PromptGroup, decide_sharing, score_groups
 
 
@@ -78,12 +80,18 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
         names = ", ".join(sorted(unknown))
         out.say(f"reward.annotator_weights: no ranking is by {names}")
     train, heldout = _split(rankings, settings.reward, weights, tokenizer, max_length, out)
-    model = add_lora(model, settings.reward.lora, "reward").to(accelerator.device)
+    model = add_lora(model, settings.reward.lora, "reward")
+    for part in backbone_and_head(model):
+        place(part, accelerator)
     everything = [ranking.group for ranking in train + heldout]
     share_prefix = decide_sharing(settings.reward.share_prefix, model, everything, pad_id, out)
 
     def quality(model: nn.Module, rankings: list[EncodedRanking]) -> Metrics:
         return measure(model, rankings, pad_id, seed, share_prefix)
+
+    def heldout_accuracy(model: nn.Module) -> Metrics:
+        with whole(*backbone_and_head(model)):
+            return {"heldout_accuracy": quality(model, heldout)["accuracy"]}
 
     model = train_reward_model(
         model,
@@ -95,10 +103,11 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
         seed=seed,
         keep_checkpoints=settings.launch.keep_checkpoints,
         share_prefix=share_prefix,
-        evaluate=lambda model: {"heldout_accuracy": quality(model, heldout)["accuracy"]},
+        evaluate=heldout_accuracy,
     )
 
     model.eval()
+    make_whole(*backbone_and_head(model))
     scorer = GroupScorer(model, pad_id, share_prefix)
     samples = _groups_to_normalise_on(
         inputs, rankings, tokenizer, max_length, settings.reward.normalise_on

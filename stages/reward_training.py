@@ -5,7 +5,6 @@ Shapes: K responses of one prompt, N responses of all rankings of a micro-batch,
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from functools import partial
 
@@ -44,6 +43,7 @@ from stages.reward_losses import (
     plackett_luce_loss,
 )
 from stages.rollout import in_micro_batches
+from stages.sharding import accumulate, exchange, most
 from stages.shared_prefix import GroupScorer, PromptGroup
 
 # prompts that another one is chosen from (of 2 and of 32 a small model learnt the same, of 2 a little more)
@@ -76,7 +76,7 @@ def train_reward_model(
         begin = found.step
         # a checkpoint of before this was counted has no number
         skipped = found.state.get("off_prompt_skipped", 0)
-    scorer = accelerator.prepare_model(GroupScorer(model, pad_id, share_prefix))
+    scorer = exchange(GroupScorer(model, pad_id, share_prefix), accelerator)
     others = OtherPrompts(rankings, longest_row(settings, backbone_and_head(model)[0]), seed)
     weights_NH = ranking_weights(rankings, backbone_and_head(model)[1].out_features, seed)
 
@@ -170,18 +170,20 @@ def _gradients(
     own = list(range(rank, len(batch), world))
     plain: GroupScorer = accelerator.unwrap_model(scorer)
     swapped = {i for i, group in enumerate(off_prompt) if group.responses}
-    most = -(-len(own) // settings.accumulation_steps)
+    at_once = -(-len(own) // settings.accumulation_steps)
     costs = [
         plain.cost(batch[i].group) + (plain.cost(off_prompt[i]) if i in swapped else 0) for i in own
     ]
-    parts = [[own[i] for i in index] for index in in_micro_batches(costs, most, accelerator.device)]
-    # a rank without rankings still takes part in the gradient's all-reduce
-    parts = parts or [[]]
+    parts = [
+        [own[i] for i in index] for index in in_micro_batches(costs, at_once, accelerator.device)
+    ]
+    # a rank without rankings still takes part in the exchange of gradients, one of few in each pass
+    parts += [[]] * (most(max(1, len(parts)), accelerator) - len(parts))
     nothing = PromptGroup(batch[0].group.prompt, batch[0].group.responses[:1])
     total = torch.zeros(3, device=accelerator.device)  # loss, correct pairs, pairs
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
-        with accelerator.autocast(), _sync(scorer, accelerator, last):
+        with accelerator.autocast(), accumulate(scorer, last):
             others = [i for i in part if i in swapped]
             groups = [batch[i].group for i in part] + [off_prompt[i] for i in others] or [nothing]
             scores_NH = scorer(groups)
@@ -243,11 +245,3 @@ def best_response(ranking: EncodedRanking) -> int:
         for k in range(len(ranking.group.responses))
     ]
     return points.index(max(points))
-
-
-def _sync(
-    wrapped: nn.Module, accelerator: Accelerator, last: bool
-) -> contextlib.AbstractContextManager[None]:
-    """Exchange gradients with the other ranks in the last micro-batch only: once a step on every
-    rank, however many micro-batches it has."""
-    return contextlib.nullcontext() if last else accelerator.no_sync(wrapped)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -25,6 +26,7 @@ from stages.models import (
 )
 from stages.rollout import rows_to_score, score_rows
 from stages.rules import Messages, Rule, load_rule
+from stages.sharding import place, whole
 
 
 @dataclass
@@ -43,6 +45,11 @@ class RewardModel:
         self.head.to(device)
         return self
 
+    def place(self, accelerator: Accelerator) -> None:
+        """Shard it where models are sharded; see `stages.sharding`."""
+        place(self.backbone, accelerator)
+        place(self.head, accelerator)
+
     def scores(
         self,
         rows: list[list[int]],
@@ -52,7 +59,8 @@ class RewardModel:
         rows_at_once: int,
     ) -> Tensor:
         """Scores `[B]` of rows (`rollout.rows_to_score`), normalised and clipped to +- clip."""
-        raw_B = score_rows(self.backbone, self.head, rows, pad_id, device, rows_at_once)
+        with whole(self.backbone, self.head):
+            raw_B = score_rows(self.backbone, self.head, rows, pad_id, device, rows_at_once)
         return ((raw_B - self.mean) / self.std).clamp(-clip, clip)
 
 

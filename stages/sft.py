@@ -46,6 +46,7 @@ from stages.models import (
     positions,
     repairs_of,
 )
+from stages.sharding import whole
 from stages.trl_checkpoints import LineCallback, Schedule
 from stages.trl_runs import make_config, make_trainer, publish, train
 
@@ -283,9 +284,10 @@ def _evaluate(
     out: Out,
 ) -> Metrics:
     """Held-out loss over all ranks, every trained token weighing the same; and three answers."""
-    if out.rank == 0:
-        _show(settings, model, examples.prompts, tokenizer, step, out)
-    loss = heldout_loss(model, examples.heldout, tokenizer.pad_token_id, accelerator)
+    with whole(model):
+        if out.rank == 0:
+            _show(settings, model, examples.prompts, tokenizer, step, out)
+        loss = heldout_loss(model, examples.heldout, tokenizer.pad_token_id, accelerator)
     return {"heldout_loss": loss}
 
 

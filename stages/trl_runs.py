@@ -29,6 +29,7 @@ from pipeline.job import Out
 from pipeline.settings import Settings
 from stages.common import exact_div, seed_for
 from stages.models import contract_of, merge_lora, save_model
+from stages.sharding import compute_by_autocast, make_whole
 from stages.trl_checkpoints import LineCallback, newest_whole
 
 ConfigT = TypeVar("ConfigT", bound=TrainingArguments)
@@ -127,6 +128,7 @@ def make_trainer(
         **special,
     )
     quiet(trainer, out)
+    compute_by_autocast(trainer)
     return trainer
 
 
@@ -191,6 +193,7 @@ def train(trainer: Trainer, callback: LineCallback, out: Out, steps_per_row: int
 def publish(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, out: Out) -> PreTrainedModel:
     """Save the trained model as a plain folder, adapters merged, and state its contract."""
     model: torch.nn.Module = trainer.accelerator.unwrap_model(trainer.model)
+    make_whole(model)
     merged = merge_lora(model)
     if out.rank == 0:
         save_model(merged, tokenizer, out.artifact)

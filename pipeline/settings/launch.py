@@ -10,6 +10,14 @@ class LaunchSettings(Strict):
     """Processes (ranks) of a training stage, over all machines."""
     profile: str = unhashed("auto")
     """auto, or the name of a file of configs/accelerate/ (or a path), for several GPUs or machines."""
+    machines: int | None = unhashed(None, ge=1)
+    """Machines that share the processes, equally many each; null: as many as the profile says, else 1."""
+    machine_rank: int = unhashed(0, ge=0)
+    """Which machine this is: 0 leads the run, the others lend it their processes (same command, own rank)."""
+    main_address: str = unhashed("127.0.0.1")
+    """Address of machine 0, as the other machines reach it."""
+    main_port: int = unhashed(29500, ge=1, le=65535)
+    """Free port of machine 0 at which the machines meet."""
     threads: int | None = unhashed(None, ge=1)
     """CPU threads of each process; null leaves the choice to torch."""
     grace_seconds: int = unhashed(60, ge=1)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,63 +9,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny_ppo import make_inputs, make_job, rows_of
+from tests.dist.ranks import run_jobs
+from tests.dist.small_jobs import make_ppo_job
+from tests.tiny_ppo import rows_of
 
 pytestmark = pytest.mark.dist
 
-ROOT = Path(__file__).resolve().parents[2]
-WORKER = Path(__file__).with_name("ppo_worker.py")
-# one validation prompt: rank 0 has none; responses of every length: the ranks differ in tokens
-CHANGES: dict[str, Any] = {
-    "eval_prompts": 1,
-    "eval_every_updates": 1,
-    "max_response_tokens": 12,
-    "rows_per_rank": 2,
-    "prompts_per_step": 8,
-    "minibatch_rows": 4,
-    "kl_control": "adaptive",
-    "kl_horizon": 16,
-}
 
-
-def run(work: Path, folder: Path, kind: str, processes: int) -> Path:
-    job = make_job(work, make_inputs(folder, kind, train=7, double=True), **CHANGES)
-    (work / "job.json").write_text(job.to_json(), encoding="utf-8")
-    shared = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    children = []
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
-    for rank in range(processes):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        own = place if processes > 1 else {}
-        command = [sys.executable, str(WORKER), str(work / "job.json")]
-        children.append(
-            subprocess.Popen(
-                command, cwd=ROOT, env=shared | own, stderr=subprocess.PIPE, text=True
-            )
-        )
-    said = [child.communicate(timeout=280)[1] for child in children]
-    assert [child.returncode for child in children] == [0] * processes, "\n".join(said)
-    return work
-
-
-@pytest.fixture(
-    scope="module", params=["llama", pytest.param("gpt2", marks=pytest.mark.slow)]
-)
+@pytest.fixture(scope="module", params=["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp(request.param)
-    found = []
     for name, processes in (("one", 1), ("two", 2)):
-        (folder / f"{name}-inputs").mkdir()
-        found.append(run(folder / name, folder / f"{name}-inputs", request.param, processes))
-    return found
+        job = make_ppo_job(folder / name, request.param)
+        run_jobs(folder / f"{name}.json", [job], processes, float64=True)
+    return [folder / "one", folder / "two"]
 
 
 def test_every_metric_is_that_of_one_process(both: list[Path]) -> None:
