@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from pipeline import launch
+from pipeline.crew import SEVERAL, StopFlag
 from pipeline.errors import ConfigError, StageError, Stopped
 from pipeline.worker import STOP_SIGNALS, die_with_parent, pid_file
 from pipeline.workspace import Run
@@ -36,14 +37,14 @@ def lend(run: Run) -> None:
         raise ConfigError(
             f"launch.machine_rank is {own}, but launch.machines says there is only one"
         )
-    folder = run.jobs.absolute() / launch.SEVERAL
+    folder = run.jobs.absolute() / SEVERAL
     print(  # noqa: T201
         f"machine {own} of {machines}: waiting for {settings.main_address}:{settings.main_port},"
         f" which leads {run.path}",
         file=sys.stderr,
         flush=True,
     )
-    stop = launch.StopFlag()
+    stop = StopFlag()
     ranks = pid_file(own, "*")
 
     def on_signal(number: int, _frame: FrameType | None) -> None:

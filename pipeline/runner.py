@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import pipeline
 from pipeline import artifacts, contract, launch, manifest
+from pipeline.crew import Crew, Interrupted
 from pipeline.errors import ArtifactError, ConfigError, PeopleNeeded, Stopped, ToolkitError
 from pipeline.job import Job
 from pipeline.manifest import InputRecord, Manifest
@@ -113,7 +114,7 @@ def execute(run: Run, until: str | None = None, only: str | None = None) -> list
     states: dict[str, StepState] = {}
     worked = False
     try:
-        with launch.Crew(run.settings.launch, run.jobs) as crew:
+        with Crew(run.settings.launch, run.jobs) as crew:
             for step in inspector.steps:
                 state = inspector.look(step, states)
                 if step.name in chosen:
@@ -134,7 +135,7 @@ def execute(run: Run, until: str | None = None, only: str | None = None) -> list
 def _bring_up_to_date(
     run: Run,
     inspector: Inspector,
-    crew: launch.Crew,
+    crew: Crew,
     state: StepState,
     states: dict[str, StepState],
 ) -> StepState:
@@ -204,7 +205,7 @@ def _check_inputs(inspector: Inspector, state: StepState, states: dict[str, Step
 # ---- one step ------------------------------------------------------------------------------
 
 
-def _run_step(run: Run, crew: launch.Crew, state: StepState) -> None:
+def _run_step(run: Run, crew: Crew, state: StepState) -> None:
     """Run one step in its child, and write the history."""
     job = make_job(run, state)
     facts = {"step": job.step, "fingerprint": job.fingerprint}
@@ -214,7 +215,7 @@ def _run_step(run: Run, crew: launch.Crew, state: StepState) -> None:
     except PeopleNeeded as error:
         run.record("people", **facts, reason=error.message)
         raise
-    except (Stopped, launch.Interrupted) as error:
+    except (Stopped, Interrupted) as error:
         run.record("stopped", **facts, reason=error.message)
         raise
     except ToolkitError as error:
