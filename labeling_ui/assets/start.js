@@ -2,6 +2,19 @@
 
 const empty = el('div', {class: 'nothing', role: 'status', hidden: true});
 element.replaceChildren(empty, board, help);
+const waiting = () => {
+  board.hidden = true;
+  empty.hidden = false;
+  app.classList.add('idle');
+  empty.replaceChildren(el('p', {}, 'Loading…'));
+  setTimeout(() => {
+    if (task) return;
+    empty.replaceChildren(
+      el('strong', {}, 'The server did not send a prompt.'),
+      el('p', {}, 'What you have done is kept. Reload the page; if that does not help, tell your lead.'),
+      button('Reload', {class: 'submit', onclick: () => location.reload()}));
+  }, WAIT);
+};
 
 const drawSubmit = () => {
   submitButton.textContent = pending ? 'Sending…' : asked ? 'All tied: submit'
@@ -110,6 +123,7 @@ const answered = () => {
   }
 };
 watch('value', answered);
+waiting();
 // the first one may have come before the page was whole
 answered();
 

@@ -180,7 +180,7 @@ class Page:
         self.ready()
 
     def ready(self):
-        shown = ".board:not([hidden]), .nothing:not([hidden]), .lead-tiles"
+        shown = ".board:not([hidden]), .nothing:not([hidden]) button, .lead-tiles"
         self.until(lambda: self.all(shown))
 
     def until(self, condition, seconds=60):

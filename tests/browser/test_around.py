@@ -151,6 +151,22 @@ def test_who_waits_is_told_and_can_look_again(site, page):
     page.until(lambda: page.prompt() == "prompt 0")
 
 
+def test_a_server_that_fails_leaves_no_empty_page(site, page):
+    site.ask_for_four()
+    rename = "ALTER TABLE {} RENAME TO {}"
+    with site.store.write() as tx:
+        tx.exec_driver_sql(rename.format("guidelines", "away"))
+    try:
+        page.open(site.person())
+        assert "The server did not send a prompt" in page.find(".nothing").text
+    finally:
+        with site.store.write() as tx:
+            tx.exec_driver_sql(rename.format("away", "guidelines"))
+    page.find(".nothing button").click()
+    page.until(lambda: page.prompt() == "prompt 0")
+    assert not page.seen(".nothing")
+
+
 def test_progress_is_ones_own(site, page):
     site.ask_for_four(3)
     page.open(site.person())
