@@ -14,6 +14,8 @@ from stages import ppo_math
 from stages.common import micro_batches
 from stages.rollout import (
     Sequences,
+    all_logprobs,
+    in_full,
     in_micro_batches,
     make_sequences,
     mean_repetition,
@@ -104,19 +106,47 @@ def test_a_response_that_was_cut_is_scored_with_an_end_token() -> None:
     rows, is_cut = rows_to_score([[5], [6, 7]], [[8, EOS], [EOS, 9]], EOS)
     assert rows == [[5, 8, EOS], [6, 7, EOS, 9, EOS]]
     assert is_cut == [False, True]
+    with pytest.raises(ValueError, match="longer"):
+        rows_to_score([[5]], [[8], [9]], EOS)
 
 
 def test_all_is_made_on_the_device_that_was_given_and_not_on_the_default_one() -> None:
     model, reward_model = tiny_model("llama"), tiny_reward_model("llama")
+    rows = [p + r for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+    scores_B = score_all(reward_model, rows, PAD, CPU)
     with torch.device("meta"):
         batch = batch_of()
         made = [*batch, *batch.rows([0, 2]), batch.valid_BR, batch.predict_BR, batch.predicts_BT]
         logprobs_BR, entropy_BR = response_logprobs(model, batch, TEMPERATURE, with_entropy=True)
         assert entropy_BR is not None
-        rows = [p + r for p, r in zip(PROMPTS, RESPONSES, strict=True)]
-        made += [logprobs_BR, entropy_BR, score_all(reward_model, rows, PAD, CPU)]
-        made.append(over_responses(lambda b: response_logprobs(model, b, 1.0)[0], batch))
+        again_B = score_all(reward_model, rows, PAD, CPU)
+        made += [logprobs_BR, entropy_BR, again_B, all_logprobs(model, batch, TEMPERATURE)]
     assert {x.device for x in made} == {CPU}
+    # an index on another device reads nothing, in silence
+    assert torch.equal(again_B, scores_B)
+
+
+@both
+def test_logprobs_in_batches_of_similar_length_are_those_of_all_at_once(kind: str) -> None:
+    model = tiny_model(kind)
+    batch = batch_of()
+    with torch.no_grad():
+        expected_BR, _ = response_logprobs(model, batch, TEMPERATURE)
+    for rows_at_once in (1, 2, 64):
+        found_BR = all_logprobs(model, batch, TEMPERATURE, rows_at_once)
+        assert not found_BR.requires_grad
+        torch.testing.assert_close(found_BR, expected_BR, atol=1e-5, rtol=0)
+
+
+def test_a_head_computes_in_fp32_whatever_the_autocast() -> None:
+    torch.manual_seed(0)
+    head, hidden_NH = nn.Linear(16, 1), 8 + torch.rand(5, 16)
+    expected_N = head(hidden_NH).squeeze(-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(in_full(head, hidden_NH), expected_N)
+        assert not torch.equal(head(hidden_NH).squeeze(-1).float(), expected_N)
+    rounded_NH = hidden_NH.bfloat16()
+    assert torch.equal(in_full(head, rounded_NH), head(rounded_NH.float()).squeeze(-1))
 
 
 @both
@@ -396,6 +426,7 @@ def test_a_score_is_that_of_the_last_token_of_the_row_alone(kind: str, rows_at_o
 
 def test_repetition_is_the_share_of_n_grams_that_stood_before():
     # pairs of the first: 12 23 31 12, one of four again; the second has no pair
+    assert mean_repetition([[1, 2, 1, 3]], n=2) == 0
     assert mean_repetition([[1, 2, 3, 1, 2], [5]], n=2) == pytest.approx((1 / 4 + 0) / 2)
     assert mean_repetition([[7] * 8]) == pytest.approx(4 / 5)
     assert mean_repetition([[1, 2, 3, 4]]) == 0.0
