@@ -114,16 +114,19 @@ def test_all_is_made_on_the_device_that_was_given_and_not_on_the_default_one() -
     model, reward_model = tiny_model("llama"), tiny_reward_model("llama")
     rows = [p + r for p, r in zip(PROMPTS, RESPONSES, strict=True)]
     scores_B = score_all(reward_model, rows, PAD, CPU)
+    expected_BR = all_logprobs(model, batch_of(), TEMPERATURE)
     with torch.device("meta"):
         batch = batch_of()
         made = [*batch, *batch.rows([0, 2]), batch.valid_BR, batch.predict_BR, batch.predicts_BT]
         logprobs_BR, entropy_BR = response_logprobs(model, batch, TEMPERATURE, with_entropy=True)
         assert entropy_BR is not None
         again_B = score_all(reward_model, rows, PAD, CPU)
-        made += [logprobs_BR, entropy_BR, again_B, all_logprobs(model, batch, TEMPERATURE)]
+        found_BR = all_logprobs(model, batch, TEMPERATURE)
+        made += [logprobs_BR, entropy_BR, again_B, found_BR]
     assert {x.device for x in made} == {CPU}
     # an index on another device reads nothing, in silence
     assert torch.equal(again_B, scores_B)
+    assert torch.equal(found_BR, expected_BR)
 
 
 @both
