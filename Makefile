@@ -1,5 +1,5 @@
 # make demo   train a small model from scratch, align it, show the report (about ten minutes)
-# make test   the tests (a few minutes)       make slow   the long ones too
+# make test   the tests (about ten minutes)    make slow   the long ones too
 # make test-browser   the ranking app in headless Chromium; needs Debian's packages chromium and
 #                     chromium-driver:  apt-get install chromium chromium-driver
 # make lint   ruff and mypy                    make bench  against the peers, writes docs/benchmarks.md
