@@ -53,8 +53,8 @@ def run(settings, inputs, out):
     out.say("working")
     if out.rank == 0:
         _misbehave(how, out, mark)
-    elif how in ("rank-dies", "rank-stands-still") and not mark.exists():
-        mark.write_text("")
+    elif how in ("rank-dies", "rank-stands-still"):
+        (out.checkpoints / "gone").write_text("")
         os.kill(os.getpid(), signal.SIGKILL if how == "rank-dies" else signal.SIGSTOP)
     out.contract |= {"vocab_size": 7, "eos_id": 1, "pad_id": 0}
     if how == "other-vocabulary":
@@ -98,9 +98,9 @@ def _misbehave(how, out, mark):
         (out.artifact / "much.json").write_bytes(bytes(2**24))
     if how == "memory":
         bytearray(2**60)
-    if how in ("rank-dies", "rank-stands-still") and out.resumed_from is None:
+    if how in ("rank-dies", "rank-stands-still"):
         # what gloo says when another rank is gone
-        while not mark.exists():
+        while not (out.checkpoints / "gone").exists():
             time.sleep(0.01)
         time.sleep(0.5)
         raise RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:40512")
