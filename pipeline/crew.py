@@ -30,7 +30,7 @@ from pipeline.errors import (
 )
 from pipeline.files import read_json, write_atomic
 from pipeline.job import Job
-from pipeline.launch import command, environment, is_several
+from pipeline.launch import command, environment, is_several, refuse_deepspeed
 from pipeline.settings.launch import LaunchSettings
 from pipeline.worker import STOP_SIGNALS, die_with_parent, pid_file
 
@@ -192,7 +192,7 @@ class Child:
         killed = code == -signal.SIGKILL or any("died" in text for text in self._lost)
         memory = f" Perhaps for lack of memory: {memory_hint(job.stage)}" if killed else ""
         return StageError(
-            f"{job.step}: {what}.{memory} The last lines:\n{tail or '  | (none)'}",
+            f"{job.step}: {what}.{memory}\nThe last lines:\n{tail or '  | (none)'}",
             f"`prefline resume` goes on from the last checkpoint. {log}",
         )
 
@@ -304,6 +304,8 @@ class Crew:
         # the rank step is about people: one process, whatever training needs
         several = is_several(self._settings) and job.stage != "rank"
         if several not in self._children:
+            if several:
+                refuse_deepspeed(self._settings.profile)
             folder = self._folder / (SEVERAL if several else "plain")
             self._children[several] = Child(self._settings, several, folder)
         self._children[several].run(job, self.stop)

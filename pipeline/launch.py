@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -99,8 +100,7 @@ def num_machines(settings: LaunchSettings) -> int:
     """
     count = settings.machines
     if count is None and settings.profile != "auto":
-        values = yaml.safe_load(find_profile(settings.profile).read_text(encoding="utf-8"))
-        count = int(values.get("num_machines", 1)) if isinstance(values, dict) else 1
+        count = int(profile_values(settings.profile).get("num_machines", 1))
     count = count or 1
     if settings.machine_rank >= count:
         raise ConfigError(
@@ -155,6 +155,40 @@ def find_profile(name: str) -> Path:
         f"launch.profile: there is no profile {name!r}",
         f"Known are auto, {', '.join(known)}; or give the path of an accelerate configuration.",
     )
+
+
+def profile_values(name: str) -> dict[str, Any]:
+    """What a profile says.
+
+    Raises:
+        ConfigError: there is no such profile, or it is not YAML with keys.
+    """
+    path = find_profile(name)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(f"launch.profile: {path} is not valid YAML ({first})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"launch.profile: {path} is no accelerate configuration (it has no keys)")
+    return values
+
+
+def refuse_deepspeed(name: str) -> None:
+    """Before accelerate is started, which only says that DeepSpeed is not installed.
+
+    Raises:
+        ConfigError: the profile is one of DeepSpeed's.
+    """
+    if (
+        name != "auto"
+        and str(profile_values(name).get("distributed_type", "")).upper() == "DEEPSPEED"
+    ):
+        raise ConfigError(
+            f"launch.profile {name}: DeepSpeed would take over the optimisers and train weights that are"
+            " bf16 themselves, so that numbers and artifacts would be others",
+            "launch.profile=fsdp2 shards the same things; see docs/several-processes.md.",
+        )
 
 
 def call(module: str, arguments: Sequence[str]) -> int:

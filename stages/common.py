@@ -40,7 +40,6 @@ def start(settings: Settings, out: Out) -> Accelerator:
             process where two were asked for, without a word).
         ConfigError: sharding of a kind that the stage cannot use.
     """
-    sharding.refuse_deepspeed()
     # bars of libraries, for work of milliseconds, between our own lines
     disable_progress_bar()
     # a child runs several stages; TRL's trainers leave their own state behind, and what accelerate

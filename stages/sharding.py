@@ -40,20 +40,6 @@ def asked() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
-def refuse_deepspeed() -> None:
-    """Before Accelerate is up, which only says that DeepSpeed is not installed.
-
-    Raises:
-        ConfigError: the launcher was told to use DeepSpeed.
-    """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        raise ConfigError(
-            "launch.profile asks for DeepSpeed, which would take over the optimisers and train weights"
-            " that are bf16 themselves, so that numbers and artifacts would be others",
-            "launch.profile=fsdp2 shards the same things; see docs/several-processes.md.",
-        )
-
-
 def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 

@@ -11,12 +11,11 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from pipeline import launch
+from pipeline import launch, runner, workspace
 from pipeline.errors import ConfigError
-from pipeline.settings import Settings
 from pipeline.settings.launch import LaunchSettings
 from stages import sharding
-from stages.common import start
+from tests import fake_line
 
 FILES = sorted((launch.configs() / "accelerate").glob("*.yaml"))
 # kind, machines, processes over all of them
@@ -134,10 +133,25 @@ def test_shards_that_accelerate_forgot_are_missed(monkeypatch, tmp_path):
         sharding.check(accelerator_of(plugin, DistributedType.MULTI_CPU), "ppo")
 
 
-def test_deepspeed_is_refused_before_it_is_looked_for(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ConfigError, match=r"asks for DeepSpeed[\s\S]*fsdp2"):
-        start(Settings.model_validate({"model": {"base": "x"}}), SimpleNamespace(stage="sft"))
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_deepspeed_is_refused_before_it_is_looked_for(name, tmp_path, monkeypatch):
+    fake_line.install(monkeypatch)
+    draft = workspace.draft_run(fake_line.write_config(tmp_path), [f"launch.profile={name}"])
+    with (
+        workspace.writer(draft) as (run, _),
+        pytest.raises(ConfigError, match=r"DeepSpeed would take over[\s\S]*fsdp2"),
+    ):
+        runner.execute(run)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "not valid YAML"), ("- a", "no accelerate configuration")]
+)
+def test_a_profile_that_is_none_is_told(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"mine.yaml is {message}"):
+        command(tmp_path, profile=str(path))
 
 
 @pytest.mark.parametrize("stage", [2, 3])
