@@ -6,7 +6,6 @@ A child lives as long as consecutive steps share its launch, so that torch is im
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import signal
 import subprocess
@@ -31,8 +30,9 @@ from pipeline.errors import (
 from pipeline.files import read_json, write_atomic
 from pipeline.job import Job
 from pipeline.launch import command, environment, is_several, refuse_deepspeed
+from pipeline.processes import send, stat
 from pipeline.settings.launch import LaunchSettings
-from pipeline.worker import STOP_SIGNALS, die_with_parent, pid_file
+from pipeline.worker import STOP_SIGNALS, die_with_parent, rank_pids
 
 LOG = "rank0.log"
 # the folder of the child with several processes, where other machines find its jobs
@@ -107,7 +107,7 @@ class Child:
                 raise self._verdict(job, name, code, stop)
             if any(self._folder.glob(f"{name}.error*")):
                 # the other ranks tell the same in a moment, or the one that does not is the cause
-                time.sleep(_LAST_WORD_SECONDS if len(self._ranks()) > 1 else 0)
+                time.sleep(_LAST_WORD_SECONDS if len(rank_pids(self._folder, machine=0)) > 1 else 0)
                 self._lost = self._lost or self._ranks_that_are_gone(name)
                 raise self._verdict(job, name, self._end_soon(), stop)
             if stop.expired(self._settings.grace_seconds):
@@ -116,16 +116,16 @@ class Child:
 
     def forward(self, number: int) -> None:
         """Pass a signal on to the ranks (to the whole group while no rank is up)."""
-        pids = self._ranks()
+        pids = rank_pids(self._folder, machine=0)
         for pid in pids.values():
-            _signal(pid, number)
+            send(pid, number)
         if not pids and self._process.poll() is None:
-            _signal(-self._process.pid, signal.SIGTERM)
+            send(-self._process.pid, signal.SIGTERM)
 
     def kill(self) -> None:
         """End the child and everything it started, now."""
         if self._process.poll() is None:
-            _signal(-self._process.pid, signal.SIGKILL)
+            send(-self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def close(self) -> None:
@@ -142,21 +142,12 @@ class Child:
             self.kill()
             return self._process.wait()
 
-    def _ranks(self) -> dict[int, int]:
-        """The process id of each rank that has begun, by rank."""
-        found = {}
-        for path in sorted(self._folder.glob(pid_file(0, "*"))):
-            pid = read_json(path)
-            if isinstance(pid, int):
-                found[int(path.stem.removeprefix("rank"))] = pid
-        return found
-
     def _ranks_that_are_gone(self, name: str = "") -> list[str]:
         """Which of several ranks has ended or been stopped while the others wait for it, in words.
 
         name: of a job that some ranks gave up; one that has not is named too.
         """
-        ranks = self._ranks()
+        ranks = rank_pids(self._folder, machine=0)
         found = []
         for rank, pid in ranks.items() if len(ranks) > 1 else ():
             state = process_state(pid)
@@ -225,18 +216,8 @@ def process_state(pid: int) -> str | None:
     """The letter of `man 5 proc` (R, S, D, T, Z ...; ? where there is no /proc); None: it is gone."""
     if not Path("/proc/self").exists():
         return "?"
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-        return text.rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return None
-
-
-def _signal(pid: int, number: int) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        return
+    fields = stat(pid)
+    return fields[0] if fields else None
 
 
 # ---- all children of one command -----------------------------------------------------------

@@ -11,13 +11,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import FrameType
 
 from pipeline import launch
 from pipeline.crew import SEVERAL, StopFlag
 from pipeline.errors import ConfigError, StageError, Stopped
-from pipeline.worker import STOP_SIGNALS, die_with_parent, pid_file
+from pipeline.processes import send
+from pipeline.worker import STOP_SIGNALS, die_with_parent, rank_pids
 from pipeline.workspace import Run
 
 _POLL_SECONDS = 0.1
@@ -45,11 +45,11 @@ def lend(run: Run) -> None:
         flush=True,
     )
     stop = StopFlag()
-    ranks = pid_file(own, "*")
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
         stop.set(number)
-        _forward(folder, ranks, number)
+        for pid in rank_pids(folder, own).values():
+            send(pid, number)
 
     before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
     child = subprocess.Popen(
@@ -62,7 +62,7 @@ def lend(run: Run) -> None:
     try:
         while child.poll() is None:
             # before its ranks are up there is nobody who could save anything
-            if stop.expired(settings.grace_seconds) or (stop.number and not _pids(folder, ranks)):
+            if stop.expired(settings.grace_seconds) or (stop.number and not rank_pids(folder, own)):
                 os.killpg(child.pid, signal.SIGKILL)
             time.sleep(_POLL_SECONDS)
     finally:
@@ -77,15 +77,3 @@ def lend(run: Run) -> None:
             f"machine {own}: its processes ended with code {child.returncode}",
             "Machine 0 says why.",
         )
-
-
-def _pids(folder: Path, pattern: str) -> list[int]:
-    return [int(path.read_text(encoding="utf-8")) for path in folder.glob(pattern)]
-
-
-def _forward(folder: Path, pattern: str, number: int) -> None:
-    for pid in _pids(folder, pattern):
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            continue

@@ -37,7 +37,7 @@ from pipeline.errors import (
     Stopped,
     ToolkitError,
 )
-from pipeline.files import write_atomic
+from pipeline.files import read_json, write_atomic
 from pipeline.job import Inputs, Job, Metrics, Out
 from pipeline.ledger import Meter
 from pipeline.manifest import Manifest
@@ -129,6 +129,16 @@ def run_jobs(folder: Path) -> int:
 def pid_file(machine: int, rank: int | str) -> str:
     """Where a rank writes its process id. On other machines it means other processes."""
     return f"machine{machine}-rank{rank}.pid" if machine else f"rank{rank}.pid"
+
+
+def rank_pids(folder: Path, machine: int) -> dict[int, int]:
+    """The process id of each rank of a machine that has begun, by rank."""
+    found = {}
+    for path in sorted(folder.glob(pid_file(machine, "*"))):
+        pid = read_json(path)
+        if isinstance(pid, int):
+            found[int(path.stem.rpartition("rank")[2])] = pid
+    return found
 
 
 def run_file(file: Path, tell: bool = True) -> int:

@@ -27,6 +27,7 @@ from pipeline import artifacts, launch, manifest, sources
 from pipeline.config import field_paths, read_values, validate
 from pipeline.errors import ConfigError, LockedError
 from pipeline.files import HashCache, read_json, write_atomic
+from pipeline.processes import stat
 from pipeline.settings import Settings
 
 SCHEMA = 1
@@ -359,11 +360,9 @@ def is_locked(path: Path) -> bool:
 
 def _start_ticks(pid: int) -> str | None:
     """When a process began, which tells it from a later one with the same id; None if it is gone."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-        return text.rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        pass
+    fields = stat(pid)
+    if fields is not None:
+        return fields[19]
     try:
         os.kill(pid, 0)
         return "alive" if pid else None

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from pipeline.job import Job
 from tests.dist.ranks import run_jobs, run_ranks
 from tests.dist.small_jobs import make_base, make_job, make_ppo_job
-from tests.tiny_ppo import rows_of
+from tests.metric_rows import timeless_rows
 
 pytestmark = pytest.mark.dist
 
@@ -64,7 +64,7 @@ def run(folder: Path, name: str, cases: list[Case], base: Path, processes: int) 
 
 def compare(one: Path, two: Path, tolerance: float) -> None:
     """The rows of the log (not how fast), the weights and every other file."""
-    rows = [[_without_speed(row) for row in rows_of(work)] for work in (one, two)]
+    rows = [timeless_rows(work / "metrics.jsonl") for work in (one, two)]
     assert len(rows[0]) == len(rows[1]) >= 3
     for row, other in zip(*rows, strict=True):
         assert row == pytest.approx(other, rel=tolerance, abs=tolerance)
@@ -83,10 +83,6 @@ def compare(one: Path, two: Path, tolerance: float) -> None:
                 )
         elif name != "reward.json":  # holds measured numbers
             assert path.read_bytes() == files[1][name].read_bytes(), name
-
-
-def _without_speed(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key != "tokens_per_second"}
 
 
 def test_what_the_module_promises(tmp_path: Path) -> None:
@@ -134,9 +130,8 @@ def test_a_stopped_run_in_shards_goes_on_to_the_same_bytes(
     stopped = job_of(case, tmp_path / "stopped", base)
     jobs, stops = [whole, stopped, stopped], [None, 2, None]
     run_jobs(tmp_path / "jobs.json", jobs, 2, float64=double, stop_after=stops, **SHARDED)
-    assert list(map(_without_speed, rows_of(whole.work))) == list(
-        map(_without_speed, rows_of(stopped.work))
-    )
+    rows = [timeless_rows(job.work / "metrics.jsonl") for job in (whole, stopped)]
+    assert rows[0] == rows[1]
     for path in (whole.work / "artifact.tmp").iterdir():
         if path.is_file():
             other = stopped.work / "artifact.tmp" / path.name

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.metric_rows import timeless_rows
+
 pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,9 +45,7 @@ def steps_of(run: Path) -> dict[str, dict[str, object]]:
 
 def rows_of(run: Path, step: str) -> list[dict[str, object]]:
     fingerprint = (run / step / "latest").read_text().strip()
-    lines = (run / step / fingerprint / "metrics.jsonl").read_text().splitlines()
-    wall_clock = ("time", "tokens_per_second")
-    return [{k: v for k, v in json.loads(x).items() if k not in wall_clock} for x in lines]
+    return timeless_rows(run / step / fingerprint / "metrics.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -27,10 +27,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.processes import stat
+from tests.metric_rows import timeless_rows
+
 ROOT = Path(__file__).resolve().parents[2]
 HOOK = Path(__file__).parent / "hook"
 CONFIG = "configs/tiny.yaml"
-WALL_CLOCK = ("time", "tokens_per_second")
 _GONE_WITHIN = 5.0  # seconds after which nothing of a killed run may be alive
 
 
@@ -129,8 +131,8 @@ class Line:
             pid = int(file.read_text())
             if who != "launcher":
                 return pid
-            status = Path(f"/proc/{pid}/stat")
-            return int(status.read_text().rpartition(")")[2].split()[1])
+            fields = stat(pid)
+            return int(fields[1]) if fields else None
         return None
 
     def _at_work(self) -> str:
@@ -179,11 +181,7 @@ def contents(run: Path) -> dict[str, Any]:
         found[f"{name}: digest"] = step["digest"]
         for file in ("metrics.jsonl", "samples.jsonl"):
             path = run / name / step["fingerprint"][:12] / file
-            rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            found[f"{name}: {file}"] = [
-                {key: value for key, value in json.loads(row).items() if key not in WALL_CLOCK}
-                for row in rows
-            ]
+            found[f"{name}: {file}"] = timeless_rows(path) if path.exists() else []
     return found
 
 
