@@ -41,10 +41,13 @@ from pipeline.files import read_json, write_atomic
 from pipeline.job import Inputs, Job, Metrics, Out
 from pipeline.ledger import Meter
 from pipeline.manifest import Manifest
+from pipeline.processes import descends_from
 from pipeline.settings import Settings
 
 Run = Callable[[Settings, Inputs, Out], Metrics]
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+# in the environment of children: the process that leads the run
+OWNER = "PREFLINE_OWNER"
 _POLL_SECONDS = 0.02
 _TRACEBACK_LINES = 40
 _PR_SET_PDEATHSIG = 1
@@ -83,6 +86,10 @@ def install() -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, _on_signal)
     die_with_parent()
+    # a launcher, or the parent, that ended before that line takes nobody along: this is an orphan
+    owner = os.environ.get(OWNER)
+    if owner and not descends_from(int(owner)):
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def die_with_parent() -> None:

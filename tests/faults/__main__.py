@@ -143,6 +143,8 @@ class Line:
         deadline = time.monotonic() + _GONE_WITHIN
         while alive := self._alive():
             if time.monotonic() > deadline:
+                for line in alive:
+                    os.kill(int(line.split()[0]), signal.SIGKILL)
                 raise RuntimeError(f"still alive after {_GONE_WITHIN:g} s: {alive}")
             time.sleep(0.05)
 

@@ -50,6 +50,16 @@ def test_one_job_can_be_run_alone_from_its_file(job, tmp_path):
     assert (tmp_path / "job.done").exists()
 
 
+def test_an_orphan_does_not_begin(job, tmp_path):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stranger:
+        orphan = work(tmp_path / "job.json", PREFLINE_OWNER=str(stranger.pid))
+        stranger.communicate()
+    assert orphan.returncode == 130
+    assert not (job.work / "manifest.json").exists()
+    for ancestor in (os.getpid(), os.getppid()):
+        assert work(tmp_path / "job.json", PREFLINE_OWNER=str(ancestor)).returncode == 0
+
+
 def test_a_failure_is_told_beside_the_job_and_on_the_screen(job, tmp_path):
     done = work(tmp_path / "job.json", FAKE_TOKENIZER="fail")
     assert done.returncode == 1
