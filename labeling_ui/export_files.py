@@ -146,7 +146,9 @@ def _count(prompt: Asked, counts: Counts) -> None:
 def _write_prompt(
     prompt: Asked, files: dict[str, RowFile], counts: Counts, options: Options
 ) -> None:
-    groups, repeated = group_rankings(prompt.rankings) if files.keys() & _GROUPED else ([], Counter())
+    groups, repeated = (
+        group_rankings(prompt.rankings) if files.keys() & _GROUPED else ([], Counter())
+    )
     makers: dict[str, Callable[[], tuple[Iterable[dict[str, Any]], Counter[str]]]] = {
         "rankings.jsonl": lambda: _ranking_rows(prompt, options.everything),
         "pairs.jsonl": lambda: _pairs(groups, repeated, options.mode),
