@@ -93,13 +93,14 @@ _NUMBERS = f"""
         WHERE i < :ranked AND vote < :votes
     )
 """
+_TEXTS = ", ".join(_TEXT.format(k=k) for k in range(1, RESPONSES + 1))
 _TASKS = f"""
     INSERT INTO tasks (id, kind, step, round, origin, active, split, prompt_id, messages, responses,
         priority, lot, filled)
     {_NUMBERS}
     SELECT {_ID}, 'rank', CASE WHEN i < :ranked AND :votes = 2 AND i % 2 THEN 'rank' ELSE 'rank-2' END,
-        1, 'benchmark', 1, 'train', prompt_id({_TEXT.format(k=9)}), json_array(json_object('content', {_TEXT.format(k=9)},
-        'role', 'user')), json_array({", ".join(_TEXT.format(k=k) for k in range(1, RESPONSES + 1))}),
+        1, 'benchmark', 1, 'train', prompt_id({_TEXT.format(k=9)}),
+        json_array(json_object('content', {_TEXT.format(k=9)}, 'role', 'user')), json_array({_TEXTS}),
         0.0, (i * 2654435761) % 4294967296 / 16, CASE WHEN i < :ranked THEN :votes ELSE 0 END
     FROM numbers, words
 """
@@ -253,7 +254,13 @@ def main() -> None:
             print(f"one person, {given.lonely:,} prompts that wait for another:\n")
             print(table(head, compare_work(alone, given.repeats, user=1)), "\n")
         if given.only != "claims":
-            head = ("rankings", "MB written", "seconds", "CPU us a ranking", "peak memory grows by MB")
+            head = (
+                "rankings",
+                "MB written",
+                "seconds",
+                "CPU us a ranking",
+                "peak memory grows by MB",
+            )
             print(table(head, compare_exports(paths)))
 
 
