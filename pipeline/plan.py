@@ -188,6 +188,15 @@ def _rounds(settings: Settings, steps: _Steps, before_sft: str | None, sft: str 
                 "base": base if (before_sft is None and sft) else None,
                 "prompts": judged_on,
                 "text": settings.evaluate.text or settings.pretrain.data or settings.sft.data,
+                **{
+                    role: getattr(settings.evaluate, role)
+                    for role in (
+                        "tasks",
+                        "refusal_prompts",
+                        "refusal_annotations",
+                        "toxicity_prompts",
+                    )
+                },
             },
         )
 

@@ -4,11 +4,12 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config import Strict, unhashed
+from pipeline.config import unhashed
+from pipeline.settings.behaviour import BehaviourSettings
 from pipeline.settings.model import DataSources
 
 
-class EvaluateSettings(Strict):
+class EvaluateSettings(BehaviourSettings):
     """Policy against sft (and base) on held-out prompts."""
 
     prompts: DataSources | None = unhashed(None)
