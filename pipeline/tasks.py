@@ -97,7 +97,9 @@ class Task(Strict):
                 raise ValueError(f"scorer: {self.scorer} needs {name}")
         for name, scorer in _ONLY.items():
             if name in self.model_fields_set and scorer != self.scorer:
-                raise ValueError(f"{name} belongs to scorer: {scorer}, and this one is {self.scorer}")
+                raise ValueError(
+                    f"{name} belongs to scorer: {scorer}, and this one is {self.scorer}"
+                )
         if self.scorer == "pair" and (self.prompt or self.examples or self.chat):
             raise ValueError("scorer: pair scores whole sentences: it has no prompt")
         return self
@@ -134,7 +136,9 @@ def check_task(path: Path) -> None:
     if os.path.isabs(task.data) and not Path(task.data).exists():
         _, places = read_yaml(path)
         where = places.get(("data",), str(path))
-        raise DataError(f"{where}: data: {task.data} does not exist", "Correct data in the task file.")
+        raise DataError(
+            f"{where}: data: {task.data} does not exist", "Correct data in the task file."
+        )
 
 
 def field_of(row: dict[str, Any], column: str) -> Any:

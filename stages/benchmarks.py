@@ -17,7 +17,7 @@ from pipeline.errors import DataError
 from pipeline.tasks import Task
 from stages.bbq import Answered, answered, bias_scores
 from stages.chat import decode_response, encode_prompt
-from stages.common import gather_list, own_share
+from stages.common import own_share
 from stages.generation import generate
 from stages.intervals import Figure, difference, mean
 from stages.likelihood import Ask, ask, ask_in_chat, context_ids, positions_of, target_logprobs
@@ -45,7 +45,10 @@ class Asked(NamedTuple):
 
 
 def score_task(task: Task, items: list[Item], shots: str, asked: Asked) -> list[Row]:
-    """One row for each item, the same on every rank; rows hold what `figures` needs."""
+    """One row for each item of this rank's share; rows hold what `figures` needs.
+
+    `tokens` of a row is how many the model read and wrote for it.
+    """
     share = [items[i] for i in own_share(len(items), asked.accelerator)]
     score: Callable[[Task, list[Item], str, Asked], list[Row]] = {
         "choice": _choice,
@@ -54,11 +57,10 @@ def score_task(task: Task, items: list[Item], shots: str, asked: Asked) -> list[
     }[task.scorer]
     with torch.no_grad():
         rows = score(task, share, shots, asked) if share else []
-    rows = [
+    return [
         {"item": item.id, **({"group": item.group} if item.group else {}), **row}
         for item, row in zip(share, rows, strict=True)
     ]
-    return gather_list(rows, asked.accelerator)
 
 
 def figures(task: Task, items: list[Item], rows: Sequence[Row], seed: int) -> dict[str, Any]:
@@ -126,7 +128,8 @@ def _choice(task: Task, items: list[Item], shots: str, asked: Asked) -> list[Row
     rows, at = [], 0
     for item in items:
         own = slice(at, at + len(item.targets))
-        rows.append(choice_row(item, found[own], task.normalise) | _said(cut[own]))
+        row = choice_row(item, found[own], task.normalise)
+        rows.append(row | _read(asks[own]) | _said(cut[own]))
         at = own.stop
     return rows
 
@@ -192,13 +195,11 @@ def _pair(task: Task, items: list[Item], shots: str, asked: Asked) -> list[Row]:
         sums = [math.fsum(row) for row in found[at : at + 2]]
         if task.tokens == "shared":
             spots = shared_places(asks[at].target, asks[at + 1].target)
-            sums = [
-                math.fsum(found[at + side][spot[side]] for spot in spots) for side in (0, 1)
-            ]
+            sums = [math.fsum(found[at + side][spot[side]] for spot in spots) for side in (0, 1)]
         more, less = sums
         likelier = 0.5 if more == less else float(more > less)
         row = {"logprobs": [round(more, 6), round(less, 6)], "more_likely": likelier}
-        rows.append(row | _said(cut[at : at + 2]))
+        rows.append(row | _read(asks[at : at + 2]) | _said(cut[at : at + 2]))
     return rows
 
 
@@ -218,9 +219,7 @@ def _exact(task: Task, items: list[Item], shots: str, asked: Asked) -> list[Row]
     tokenizer, model = asked.tokenizer, asked.model
     prompts = [_prompt_ids(task, tokenizer, question(task, item, shots)) for item in items]
     limit = positions_of(model)
-    room = [
-        limit is None or len(ids) + task.max_response_tokens <= limit for ids in prompts
-    ]
+    room = [limit is None or len(ids) + task.max_response_tokens <= limit for ids in prompts]
     fits = [i for i, has_room in enumerate(room) if has_room]
     generated = generate(
         model,
@@ -233,6 +232,7 @@ def _exact(task: Task, items: list[Item], shots: str, asked: Asked) -> list[Row]
         rows_at_once=asked.rows_at_once,
     )
     texts = {i: decode_response(tokenizer, g.tokens) for i, g in zip(fits, generated, strict=True)}
+    written = {i: len(prompts[i]) + len(g.tokens) for i, g in zip(fits, generated, strict=True)}
     rows = []
     for i, item in enumerate(items):
         wanted = final_answer(item.targets[0], task)
@@ -244,6 +244,7 @@ def _exact(task: Task, items: list[Item], shots: str, asked: Asked) -> list[Row]
                 "wanted": wanted,
                 "exact_match": bool(given) and given == wanted,
                 "answered": bool(given),
+                "tokens": written.get(i, 0),
                 **({} if i in texts else {"reason": "prompt longer than the model can read"}),
             }
         )
@@ -273,6 +274,10 @@ def _logprobs(asked: Asked, asks: list[Ask]) -> tuple[list[list[float]], list[bo
         asked.accelerator.device,
         asked.rows_at_once,
     )
+
+
+def _read(asks: list[Ask]) -> Row:
+    return {"tokens": sum(len(one.context) + len(one.target) for one in asks)}
 
 
 def _said(cut: list[bool]) -> Row:

@@ -13,9 +13,11 @@ Metrics (healthy range): win_rate_vs_sft with win_rate_low and win_rate_high (95
 above 0.5 with its whole interval: the feedback worked), judge, judge_accuracy (a reward-model judge on
 rankings it was not trained on), kl_nats a response from sft (< 10), perplexity on held-out text (near
 sft's), mean_tokens (near sft's: else length was learned), distinct_1, distinct_2, duplicate_rate and
-degenerate_rate (near sft's, near 0). Of the best of n: best_of_n (the n), best_of_n_win_rate_vs_sft
-with _low and _high, best_of_n_kl_nats (at most), best_of_n_mean_tokens and the like; what it took is
-best_of_n_seconds of the step's cost.
+degenerate_rate (near sft's, near 0); bits_per_byte, repetition, empty_rate, most_common_rate, surprise_nats
+(nats a token that sft finds in the policy's responses; near entropy_nats) and `alarms` (none). What is
+asked for besides: tasks, refusals, toxicity, context (docs/evaluation.md). Of the best of n:
+best_of_n (the n), best_of_n_win_rate_vs_sft with _low and _high, best_of_n_kl_nats (at most),
+best_of_n_mean_tokens and the like; what it took is best_of_n_seconds of the step's cost.
 """
 
 from __future__ import annotations
@@ -33,8 +35,10 @@ from pipeline.job import Inputs, Metrics, Out
 from pipeline.records import Prompt, write_jsonl
 from pipeline.settings import Settings
 from stages.answering import Answers, answer, best_of_n, best_of_n_kl
+from stages.behaviour import Seen, look_at, prepare
+from stages.behaviour_summary import summarise
 from stages.common import seed_for, start, stop_if_asked
-from stages.heldout_text import heldout_text, perplexity
+from stages.heldout_text import heldout_loss, heldout_text
 from stages.judges import find_judge, rubric_metrics
 from stages.judging import text_metrics, win_rate
 from stages.models import load_causal_lm, load_reward_model, load_tokenizer
@@ -59,9 +63,11 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     prompts = encode_prompts(found, tokenizer, max_tokens, out)
     prompts = prompts[: settings.evaluate.max_prompts]
     documents = heldout_text(settings, inputs, out)
+    looks = prepare(settings, inputs, tokenizer, prompts, max_tokens, out)
 
     metrics: Metrics = {"prompts": len(prompts)}
     answers: dict[str, Answers] = {}
+    seen: dict[str, Seen] = {}
     for role in ("policy", "sft", "base"):
         if role not in inputs:
             continue
@@ -86,7 +92,13 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
                     out,
                 )
         prefix = "" if role == "policy" else f"{role}_"
-        metrics[f"{prefix}perplexity"] = perplexity(model, own_tokenizer, documents, accelerator)
+        metrics |= {
+            prefix + name: value
+            for name, value in heldout_loss(model, own_tokenizer, documents, accelerator).items()
+        }
+        seen[role] = look_at(
+            looks, settings, role, model, own_tokenizer, documents, accelerator, out
+        )
         out.progress(len(answers), 4 + bool(settings.evaluate.best_of), "model")
         del model
     for role, said in answers.items():
@@ -97,6 +109,7 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
             for name, value in text_metrics(said.texts, lengths, said.ended).items()
         }
 
+    metrics |= summarise(looks, settings, answers, seen, metrics, len(tokenizer), out)
     score, judged = find_judge(settings, inputs, accelerator, out)
     metrics |= judged
     seed = seed_for(settings.run.seed, "evaluate", "bootstrap")

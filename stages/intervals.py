@@ -1,16 +1,15 @@
-"""A share or a mean with its 95 % interval."""
+"""A share or a mean with its 95 % interval, as it stands in metrics files."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import numpy as np
+from pipeline.statistics import mean_with_interval, paired_difference
 
 Figure = dict[str, float | int | None]
 """{"value", "low", "high", "n"}: low and high are the ends of the 95 % interval."""
 _Z = 1.959963984540054
-_DRAWS = 2000
 
 
 def share(flags: Sequence[bool]) -> Figure:
@@ -27,30 +26,12 @@ def share(flags: Sequence[bool]) -> Figure:
 
 
 def mean(values: Sequence[float], seed: int) -> Figure:
-    """The mean, with the percentile bootstrap over the values (2000 draws)."""
+    """The mean, with the percentile bootstrap over the values; of zeros and ones with Wilson's."""
     if all(value in (0, 1) for value in values):
         return share([value == 1 for value in values])
-    found = np.array(values)
-    return bootstrap(len(found), lambda pick: float(found[pick].mean()), seed)
-
-
-def bootstrap(
-    n: int, statistic: Callable[[np.ndarray], float | None], seed: int, draws: int = _DRAWS
-) -> Figure:
-    """`statistic` of items 0 .. n-1 with its percentile bootstrap; it takes an array of positions.
-
-    A draw on which the statistic is not defined (None) is left out of the interval.
-    """
-    value = statistic(np.arange(n)) if n else None
-    if value is None:
-        return {"value": None, "low": None, "high": None, "n": n}
-    rng = np.random.default_rng(seed)
-    drawn = [statistic(rng.integers(0, n, size=n)) for _ in range(draws)]
-    low, high = np.percentile([found for found in drawn if found is not None], [2.5, 97.5])
-    return {"value": value, "low": float(low), "high": float(high), "n": n}
+    return mean_with_interval(values, seed)._asdict()
 
 
 def difference(own: Sequence[float], other: Sequence[float], seed: int) -> Figure:
     """Mean of own - other over the same items, with the paired bootstrap."""
-    gap = np.array(own, dtype=float) - np.array(other, dtype=float)
-    return bootstrap(len(gap), lambda pick: float(gap[pick].mean()), seed)
+    return paired_difference(own, other, seed)._asdict()

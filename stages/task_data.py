@@ -132,9 +132,7 @@ def _rows(task: Task, split: str | None) -> Iterator[tuple[str, Any]]:
 
     name = f"task {task.name}: {task.data}"
     try:
-        found = datasets.load_dataset(
-            task.data, task.subset, split=split, revision=task.revision
-        )
+        found = datasets.load_dataset(task.data, task.subset, split=split, revision=task.revision)
     # errors of requests and huggingface_hub are OSErrors
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().split("\n")[0][:200]
@@ -157,6 +155,7 @@ def _item(task: Task, row: Row, where: str) -> Item:
         at = "group"
         group = None if task.group is None else str(field_of(row, task.group))
         right: tuple[bool, ...] = ()
+        targets: tuple[str, ...]
         if task.scorer == "pair":
             at = "more, less"
             targets = (fill(task.more, row), fill(task.less, row))
