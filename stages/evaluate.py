@@ -1,8 +1,9 @@
 """evaluate: policy against sft (and base) on prompts that no stage was trained on.
 
 Reads: `policy`, `sft`, `base` where there is one, `rankings` where there are any, `prompts`, `text`,
-and `reward_model` where evaluate.best_of asks for the best of n sft responses as a baseline.
-Writes an `evaluation`: `evaluation.json` and `comparisons.jsonl` (the answers side by side).
+and `reward_model` where there is one: for the score token by token, and for the best of n (evaluate.best_of).
+Writes an `evaluation`: `evaluation.json`, `comparisons.jsonl` (the answers side by side) and `tokens.jsonl` (the
+policy's, token by token).
 
     prefline evaluate RUN evaluate.max_prompts=500
 
@@ -28,6 +29,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline import worker
@@ -44,6 +46,7 @@ from stages.judging import text_metrics, win_rate
 from stages.models import load_causal_lm, load_reward_model, load_tokenizer
 from stages.prompts import PromptIds, encode_prompts, load_prompts, longest_prompt, of_split
 from stages.rollout import all_logprobs, make_sequences
+from stages.token_view import token_rows
 
 BEST_OF_N = "best_of_n"
 
@@ -76,9 +79,10 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
         own_tokenizer = load_tokenizer(inputs[role])
         answers[role] = answer(settings, role, model, own_tokenizer, prompts, accelerator, out)
         if role == "sft":
-            metrics["kl_nats"] = _kl(
+            ref_BR = _ref_logprobs(
                 settings, answers["policy"], model, prompts, tokenizer, accelerator
             )
+            metrics["kl_nats"] = _kl(answers["policy"], ref_BR)
             if settings.evaluate.best_of:
                 stop_if_asked(accelerator, out, lambda: None)
                 answers[BEST_OF_N] = best_of_n(
@@ -138,29 +142,36 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     if out.rank == 0:
         rows = _comparisons(questions, answers, scores)
         write_jsonl(out.artifact / "comparisons.jsonl", rows)
+        write_jsonl(
+            out.artifact / "tokens.jsonl",
+            token_rows(prompts, answers["policy"], ref_BR, tokenizer, inputs.get("reward_model")),
+        )
         text = json.dumps(metrics, indent=1, sort_keys=True)
         (out.artifact / "evaluation.json").write_text(text + "\n")
     return metrics
 
 
-def _kl(
+def _ref_logprobs(
     settings: Settings,
     said: Answers,
     reference: PreTrainedModel,
     prompts: list[PromptIds],
     tokenizer: PreTrainedTokenizerBase,
     accelerator: Accelerator,
-) -> float:
-    """Mean over responses of sum_t log p/q on the policy's own samples: KL in nats a response."""
+) -> Tensor:
+    """Logprobs `[B, R]` of the policy's own samples under the reference; 0 where a row has ended."""
     batch = make_sequences(
         [p.ids for p in prompts], said.tokens, tokenizer.pad_token_id, accelerator.device
     )
     with torch.no_grad():
         ref_BR = all_logprobs(reference, batch, settings.evaluate.temperature)
-    valid_BR = batch.valid_BR
-    ref = float(torch.where(valid_BR, ref_BR, 0.0).double().sum())
+    return torch.where(batch.valid_BR, ref_BR, 0.0)
+
+
+def _kl(said: Answers, ref_BR: Tensor) -> float:
+    """Mean over responses of sum_t log p/q on the policy's own samples: KL in nats a response."""
     own = sum(math.fsum(row) for row in said.logprobs)
-    return (own - ref) / len(prompts)
+    return (own - float(ref_BR.double().sum())) / len(said.logprobs)
 
 
 def _comparisons(
