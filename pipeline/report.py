@@ -21,6 +21,7 @@ from markupsafe import Markup
 from pipeline import states, workspace
 from pipeline.files import write_atomic
 from pipeline.plan import STAGES
+from pipeline.report_behaviour import behaviour
 from pipeline.report_charts import score_histograms, training_charts
 from pipeline.report_data import (
     StepView,
@@ -121,6 +122,7 @@ def _view(run: Run, steps: list[StepView]) -> Row:
         "samples": chosen_samples(comparisons),
         "shaded": shaded,
         "qualities": quality_rows(last),
+        "behaviour": behaviour(last),
         "costs": cost_rows(steps),
         "settings": setting_rows(run),
         "lineage": [lineage_row(step) for step in steps],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from pipeline.report_behaviour import alarms
 from pipeline.report_data import StepView, mapping
 from pipeline.report_plots import Row, finite, number, percent, points
 from pipeline.settings import Settings
@@ -28,6 +29,7 @@ def careful_notes(
     notes = [*_unfinished(steps)]
     last = {step.stage: step for step in steps if step.manifest}
     if "evaluate" in last:
+        notes += alarms(last["evaluate"].metrics)
         notes += _win_rate(last["evaluate"].metrics, comparisons)
         notes += _best_of_n(last["evaluate"].metrics)
         notes += _behaviour(last["evaluate"].metrics)
