@@ -44,7 +44,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "evaluate",
             "stages.evaluate",
-            3,
+            4,
             "evaluation",
             ("model", "pretrain", "sft", "sample", "reward", "evaluate"),
         ),
@@ -140,6 +140,7 @@ def _rounds(settings: Settings, steps: _Steps, before_sft: str | None, sft: str 
     add, base = steps.add, _base(settings)
     samples = first_samples = rankings = reward = None
     policy = sft
+    earlier: dict[str, str | None] = {}
     for round in range(1, settings.run.rounds + 1):
         if settings.sample.prompts:
             selecting: str | None = reward if settings.select.by != "random" else None
@@ -177,6 +178,7 @@ def _rounds(settings: Settings, steps: _Steps, before_sft: str | None, sft: str 
             round,
             {
                 "policy": policy,
+                **earlier,
                 "sft": sft,
                 "base": before_sft if before_sft != sft else None,
                 "rankings": rankings,
@@ -190,6 +192,7 @@ def _rounds(settings: Settings, steps: _Steps, before_sft: str | None, sft: str 
                 "text": settings.evaluate.text or settings.pretrain.data or settings.sft.data,
             },
         )
+        earlier[f"policy_{round}"] = policy
 
 
 def _policy_reads(
