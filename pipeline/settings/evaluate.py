@@ -51,12 +51,13 @@ class EvaluateSettings(Strict):
     @model_validator(mode="before")
     @classmethod
     def _one_judge_is_a_list_of_one(cls, values: Any) -> Any:
-        # the spelling of runs that were made when there was one
+        # the spelling of runs that were made when there was one. What was given last counts: an
+        # override stands behind what the configuration of a run holds
         if not isinstance(values, dict) or "judge" not in values:
             return values
-        if "judges" in values:
-            raise ValueError("judge is the older spelling of judges: give judges only")
-        return {"judges": values["judge"], **{k: v for k, v in values.items() if k != "judge"}}
+        last = next(key for key in reversed(values) if key in ("judge", "judges"))
+        others = {key: value for key, value in values.items() if key not in ("judge", "judges")}
+        return {**others, "judges": values[last]}
 
     @model_validator(mode="after")
     def _each_judge_has_what_it_needs(self) -> EvaluateSettings:
