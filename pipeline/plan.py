@@ -140,6 +140,7 @@ def _rounds(settings: Settings, steps: _Steps, before_sft: str | None, sft: str 
     add, base = steps.add, _base(settings)
     samples = first_samples = rankings = reward = None
     policy = sft
+    earlier: dict[str, str | None] = {}
     for round in range(1, settings.run.rounds + 1):
         if settings.sample.prompts:
             selecting: str | None = reward if settings.select.by != "random" else None
@@ -177,6 +178,7 @@ def _rounds(settings: Settings, steps: _Steps, before_sft: str | None, sft: str 
             round,
             {
                 "policy": policy,
+                **earlier,
                 "sft": sft,
                 "base": before_sft if before_sft != sft else None,
                 "rankings": rankings,
@@ -199,6 +201,7 @@ def _rounds(settings: Settings, steps: _Steps, before_sft: str | None, sft: str 
                 },
             },
         )
+        earlier[f"policy_{round}"] = policy
 
 
 def _policy_reads(

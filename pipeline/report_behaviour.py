@@ -261,12 +261,14 @@ def _heat(cells: dict[tuple[Any, Any], Row], limit: float | None, who: str) -> M
             )
     bottom = top + high * len(depths)
     for i, length in enumerate(lengths):
-        x = left + wide * i + wide / 2 - 1.5
+        middle = left + wide * i + wide / 2 - 1.5
         parts.append(
-            f'<text x="{x}" y="{bottom + 14}" text-anchor="middle">{number(length, 6)}</text>'
+            f'<text x="{middle}" y="{bottom + 14}" text-anchor="middle">{number(length, 6)}</text>'
         )
         if limit is not None and length > limit:
-            parts.append(f'<text x="{x}" y="{bottom + 29}" text-anchor="middle">past limit</text>')
+            parts.append(
+                f'<text x="{middle}" y="{bottom + 29}" text-anchor="middle">past limit</text>'
+            )
     return Markup(
         f'<svg class="needles" viewBox="0 0 {width} {height}" width="{width}" role="img"'
         f' aria-label="{escape(who)}: needles found, by length and depth">{"".join(parts)}</svg>'
