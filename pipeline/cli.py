@@ -176,9 +176,38 @@ for _stage, _text in {
     "kto": "Optimise the policy on good and bad responses of the rankings (sets run.policy), and nothing else.",
     "grpo": "Optimise the policy with GRPO (sets run.policy), and nothing else.",
     "rloo": "Optimise the policy with RLOO (sets run.policy), and nothing else.",
-    "evaluate": "Compare the policy with sft and base, and nothing else.",
 }.items():
     _add_stage_command(_stage, _text)
+
+
+@app.command()
+def evaluate(
+    target: Target,
+    overrides: Overrides = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            "--lm-eval",
+            metavar="TASKS",
+            help="Then also tasks of the LM Evaluation Harness on the policy, as arc_easy,hellaswag.",
+        ),
+    ] = None,
+) -> None:
+    """Compare the policy with sft and base, and nothing else.
+
+    What it reads must be done already.
+
+    Example:  prefline evaluate runs/demo
+    """
+    from pipeline import harness, workspace
+
+    if lm_eval is not None:
+        harness.check_installed()
+    _run(target, overrides, only="evaluate")
+    if lm_eval is not None:
+        opened = workspace.open_run(workspace.draft_run(target, overrides or ()).path)
+        for line in harness.lines(harness.evaluate(opened, lm_eval)):
+            print(line)
 
 
 # ---- people --------------------------------------------------------------------------------

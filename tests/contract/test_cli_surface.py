@@ -20,7 +20,7 @@ SURFACE = {
     "kto": ["target", "overrides"],
     "grpo": ["target", "overrides"],
     "rloo": ["target", "overrides"],
-    "evaluate": ["target", "overrides"],
+    "evaluate": ["target", "overrides", "--lm-eval"],
     "rank": ["target", "--host", "--port"],
     "users": [],
     "labels": [],
