@@ -37,15 +37,16 @@ from pipeline.report_plots import finite, number, percent
 from pipeline.settings import Settings
 
 # the hub's list of licence ids, as far as models and data sets commonly use it; others go by name
-HUB_LICENCES = frozenset(
+_LICENCES = (
     "apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigcode-openrail-m afl-3.0"
     " artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause c-uda cc cc0-1.0 cc-by-2.0 cc-by-3.0 cc-by-4.0"
     " cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-4.0"
     " cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0"
     " etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc lppl-1.3c"
     " ms-pl mpl-2.0 odc-by odbl openrail++ ofl-1.1 postgresql ncsa unlicense zlib pddl llama2 llama3 llama3.1"
-    " llama3.2 llama3.3 gemma unknown other".split()
+    " llama3.2 llama3.3 gemma unknown other"
 )
+HUB_LICENCES = frozenset(_LICENCES.split())
 _METHODS = {
     "ppo": "PPO with a critic, against the reward model",
     "grpo": "GRPO, against the reward model",
