@@ -27,9 +27,9 @@ from pipeline import artifacts, launch, manifest
 from pipeline.cards import Card, dataset_card, model_card
 from pipeline.errors import ArtifactError, ConfigError, StageError
 from pipeline.files import read_json, sha256, sync
-from pipeline.pedigree import Made, chain, evaluation_of
+from pipeline.pedigree import Made, chain, evaluation_of, shown_source, trained_by_adapters
 from pipeline.plan import plan
-from pipeline.sources import KEYS
+from pipeline.sources import KEYS, kind
 from pipeline.states import inspect
 from pipeline.workspace import Run
 
@@ -43,6 +43,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _NO_LIMIT = 10**29
 # one file of a training artifact that means nothing without the model it was trained on
 _NOT_EXPORTED = ("adapter/",)
+_BESIDE_ADAPTERS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,11 @@ def choose(run: Run, request: Request) -> tuple[Made, str | None]:
     """
     if request.what not in WHAT:
         raise ConfigError(f"--what {request.what}: known are {', '.join(WHAT)}")
-    kind = WHAT[request.what]
+    wanted = WHAT[request.what]
     steps = [
         step
         for step in plan(run.settings)
-        if step.stage.kind == kind and (kind != "model" or step.stage.name == "sft")
+        if step.stage.kind == wanted and (wanted != "model" or step.stage.name == "sft")
     ]
     if not steps:
         raise ConfigError(
@@ -170,9 +171,9 @@ def export_hub(run: Run, name: str, request: Request, public: bool) -> int:
     with tempfile.TemporaryDirectory(prefix="prefline-export-") as parent:
         folder = Path(parent) / "export"
         build(run, made, problem, request, folder)
-        kind = "dataset" if request.what == "rankings" else "model"
+        sort = "dataset" if request.what == "rankings" else "model"
         visible = "public" if public else "private"
-        return launch.call("stages.hub", [str(folder), name, kind, visible])
+        return launch.call("stages.hub", [str(folder), name, sort, visible])
 
 
 def build(run: Run, made: Made, problem: str | None, request: Request, folder: Path) -> None:
@@ -196,7 +197,7 @@ def build(run: Run, made: Made, problem: str | None, request: Request, folder: P
         text = dataset_card(card, counts)
     else:
         if request.adapter:
-            card = card.with_adapter(_adapter(run, made, folder))
+            card = card.with_adapter(_adapter(card, folder))
         else:
             _model(made, card, folder)
         text = model_card(card)
@@ -242,8 +243,51 @@ def _rankings(made: Made, folder: Path) -> dict[str, Any]:
     return counts
 
 
-def _adapter(run: Run, made: Made, folder: Path) -> dict[str, Any]:
-    raise ConfigError("--adapter: this run has no adapter")
+def _adapter(card: Card, folder: Path) -> dict[str, Any]:
+    """What LoRA added to the model below it, as peft reads it; and what the card says of it.
+
+    Raises:
+        ConfigError: the model was trained whole, or nobody could load the model below.
+    """
+    made = card.made.manifest
+    if card.what == "reward":
+        raise ConfigError("--adapter: of a reward model only the whole can be exported")
+    rank, below = trained_by_adapters(card.line)
+    if below is None:
+        raise ConfigError(
+            f"--adapter: {made.step} was trained whole ({made.stage}.lora.rank is 0), so there is no adapter",
+            "Leave --adapter out to export the whole model.",
+        )
+    job: dict[str, Any] = {"rank": rank, "folder": str(folder)}
+    job["policy"] = str(card.made.work / artifacts.FOLDER)
+    facts: dict[str, Any] = {"rank": rank}
+    if below.step:
+        base = next(m for m in card.line if m.manifest.fingerprint == below.fingerprint)
+        job["base"] = {"path": str(base.work / artifacts.FOLDER)}
+        facts["base_words"] = f"the result of step {below.step} of the same run"
+        facts["base_example"] = f"path/to/{below.step}"
+        facts["base_comment"] = f"prefline export RUN --what {below.step} writes it"
+    else:
+        source = below.sources[0]
+        if kind(source) != "hub" and not Path(source).is_dir():
+            raise ConfigError(
+                f"--adapter: the model below is the file {Path(source).name}, which adapters cannot be put on",
+                "Leave --adapter out to export the whole model.",
+            )
+        job["base"] = {"sources": [source]}
+        facts["base_words"] = facts["base_comment"] = shown_source(source)
+        facts["base_example"] = source if kind(source) == "hub" else f"path/to/{Path(source).name}"
+    with tempfile.TemporaryDirectory(prefix="prefline-export-") as parent:
+        file = Path(parent) / "job.json"
+        file.write_text(json.dumps(job), encoding="utf-8")
+        code = launch.call("stages.export", [str(file)])
+        found = read_json(file.with_suffix(".done"))
+    if code or not isinstance(found, dict):
+        raise StageError(f"--adapter: no adapter could be made (exit code {code})")
+    for name in _BESIDE_ADAPTERS:
+        if (card.made.work / artifacts.FOLDER / name).is_file():
+            shutil.copyfile(card.made.work / artifacts.FOLDER / name, folder / name)
+    return {**facts, **found}
 
 
 def _mark(made: Made, request: Request, folder: Path) -> None:

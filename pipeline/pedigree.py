@@ -75,6 +75,24 @@ def last_of(line: Iterable[Made], kind: str) -> Made | None:
     )
 
 
+def trained_by_adapters(line: Iterable[Made]) -> tuple[int, InputRecord | None]:
+    """Sum of the LoRA ranks that lead to the last result, and the model below the first of them.
+
+    (0, None) where the last result was trained whole.
+    """
+    known = {made.manifest.fingerprint: made.manifest for made in line}
+    at = list(known.values())[-1]
+    total, below = 0, None
+    while rank := int(at.settings.get(f"{at.stage}.lora.rank") or 0):
+        total += rank
+        below = at.inputs["model"]
+        before = known.get(below.fingerprint or "")
+        if before is None:
+            break
+        at = before
+    return total, below
+
+
 # ---- data ----------------------------------------------------------------------------------
 
 

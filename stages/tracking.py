@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from accelerate.state import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from pipeline.files import read_json, write_atomic
@@ -83,7 +84,8 @@ class Thread:
             tracker = self._start()
             while (row := self._rows.get()) is not None:
                 self._send(tracker, *row)
-            tracker.finish()
+            with _aside():
+                tracker.finish()
         except Exception as error:  # noqa: BLE001 - whatever it is, it must not cost the run
             first = (str(error).strip().splitlines() or [""])[0]
             self._out.say(
@@ -103,7 +105,9 @@ class Thread:
 
     def _start(self) -> GeneralTracker:
         place = self._out.run_dir / self._kind
-        with _nobody_to_ask():
+        # Accelerate's trackers ask it which rank this is; the stage has brought it up before its first row
+        PartialState()
+        with _aside():
             tracker: GeneralTracker = _TRACKERS[self._kind](self, place)
             tracker.start()
             if self._kind == "mlflow":
@@ -126,17 +130,16 @@ class Thread:
         return LOGGER_TYPE_TO_CLASS["trackio"](self._project, name=name, resume="allow")
 
     def wandb(self, place: Path) -> GeneralTracker:
-        place.mkdir(exist_ok=True)
         named = {"name": self._name, "id": self._note["id"], "group": self._out.run_dir.name}
         return LOGGER_TYPE_TO_CLASS["wandb"](
-            self._project, dir=str(place), resume="allow", job_type=self._out.stage, **named
+            self._project, dir=str(place.parent), resume="allow", job_type=self._out.stage, **named
         )
 
     def mlflow(self, place: Path) -> GeneralTracker:
         import mlflow
 
         if "MLFLOW_TRACKING_URI" not in os.environ:
-            mlflow.set_tracking_uri(place.as_uri())
+            mlflow.set_tracking_uri(f"sqlite:///{place}.db")
         named = {"run_id": self._note["id"]} if not self._is_new else {"run_name": self._name}
         return LOGGER_TYPE_TO_CLASS["mlflow"](experiment_name=self._project, **named)
 
@@ -150,10 +153,11 @@ _TRACKERS = {
 
 
 @contextlib.contextmanager
-def _nobody_to_ask() -> Iterator[None]:
-    """Within: no terminal to read from; wandb would ask for an account and wait."""
+def _aside() -> Iterator[None]:
+    """Within: no terminal to read from, where wandb would ask for an account and wait; and what a tracker
+    prints is no result of the command."""
     before = sys.stdin
-    with open(os.devnull, encoding="utf-8") as nothing:
+    with open(os.devnull, encoding="utf-8") as nothing, contextlib.redirect_stdout(sys.stderr):
         sys.stdin = nothing
         try:
             yield

@@ -7,7 +7,12 @@ from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 
+import torch
+
+from pipeline.job import Input
 from pipeline.records import write_jsonl
+from pipeline.settings import LoraSettings
+from stages.models import add_lora, load_causal_lm, load_tokenizer, merge_lora, save_model
 from tests.unit import fake_run
 from tests.unit.tiny_policy import make_model, make_rankings, make_reward_model
 
@@ -21,15 +26,32 @@ def _models() -> dict[str, Path]:
     return {**made, "reward": make_reward_model(folder / "reward", made["sft"])}
 
 
-def make_run(folder: Path, monkeypatch, rankings=None, **options) -> Path:
-    """`fake_run.make_run` with models in it. rankings: rows of the rank step."""
+@cache
+def adapted_model(kind: str = "llama", rank: int = 4) -> tuple[Path, Path]:
+    """A model, and the same after a LoRA training that was merged."""
+    folder = Path(mkdtemp(prefix="adapted-"))
+    base = make_model(folder / "base", kind, seed=5)
+    item = Input("model", "", path=base)
+    torch.manual_seed(7)
+    model = add_lora(load_causal_lm(item), LoraSettings(rank=rank), "policy")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.05)
+    save_model(merge_lora(model), load_tokenizer(item), folder / "policy")
+    return base, folder / "policy"
+
+
+def make_run(folder: Path, monkeypatch, rankings=None, models=None, **options) -> Path:
+    """`fake_run.make_run` with models in it. rankings: rows of the rank step. models: by stage."""
     extras = fake_run.write_extras
+    models = {**_models(), **(models or {})}
 
     def write(work, artifact, stage, rng):
         extras(work, artifact, stage, rng)
-        if stage in _models():
+        if stage in models:
             (artifact / "some.jsonl").unlink()
-            shutil.copytree(_models()[stage], artifact, dirs_exist_ok=True)
+            shutil.copytree(models[stage], artifact, dirs_exist_ok=True)
         if stage == "rank":
             (artifact / "some.jsonl").unlink()
             if rankings is None:

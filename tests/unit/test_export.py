@@ -1,5 +1,6 @@
 """What leaves the house: loads without us, says what it is, and overwrites nothing of anybody's."""
 
+import copy
 import json
 import os
 import re
@@ -8,16 +9,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import DatasetCard, ModelCard
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 from trl.data_utils import is_conversational
 
 from pipeline import cli, export
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.records import Ranking
 from pipeline.workspace import open_run
-from tests.unit.exported_run import make_run
-from tests.unit.fake_run import HOSTILE
+from stages import export as adapters
+from tests.unit.exported_run import adapted_model, make_run
+from tests.unit.fake_run import CONFIG, HOSTILE
 from tests.unit.tiny_policy import conversation
 
 
@@ -149,6 +154,61 @@ def test_the_same_run_gives_the_same_bytes(run, exported, tmp_path):
     assert {p.name: p.read_bytes() for p in again.iterdir()} == {
         p.name: p.read_bytes() for p in exported.iterdir()
     }
+
+
+# ---- the adapter ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_an_adapter_on_its_base_is_the_policy(kind, tmp_path):
+    base, policy = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for folder in adapted_model(kind)
+    )
+    adapters.save(adapters.extract(policy, copy.deepcopy(base), rank=4), tmp_path)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        before, wanted = base(ids).logits, policy(ids).logits
+        found = PeftModel.from_pretrained(base, tmp_path)(ids).logits
+    assert (wanted - before).abs().max() > 0.05
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_more_than_the_rank_can_say_is_refused_and_less_is_not():
+    base, policy = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for folder in adapted_model()
+    )
+    with pytest.raises(ConfigError, match="more than adapters of rank 3"):
+        adapters.extract(policy, copy.deepcopy(base), rank=3)
+    assert adapters.largest_difference(policy, adapters.extract(policy, base, rank=9)) < 1e-6
+    with torch.no_grad():
+        policy.get_input_embeddings().weight[5] += 0.1
+    base, _ = adapted_model()
+    base = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with pytest.raises(ConfigError, match=r"embed_tokens.*differs from the model below"):
+        adapters.extract(policy, base, rank=4)
+
+
+def test_the_adapter_of_a_run_and_its_card(monkeypatch, tmp_path):
+    base, policy = adapted_model()
+    config = {**CONFIG, "ppo": {**CONFIG["ppo"], "lora": {"rank": 4}}}
+    run = make_run(tmp_path, monkeypatch, models={"sft": base, "ppo": policy}, config=config)
+    folder = export_to(run, tmp_path / "out", adapter=True)
+    assert {path.name for path in folder.iterdir()} == {
+        *("adapter_config.json", "adapter_model.safetensors", "README.md", "export.json"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    }
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "peft"
+    assert "the result of step sft of the same run" in card.text
+    compile(example(folder), "README.md", "exec")
+
+
+def test_without_lora_there_is_no_adapter(run, tmp_path):
+    with pytest.raises(ConfigError, match=r"ppo was trained whole \(ppo\.lora\.rank is 0\)"):
+        export_to(run, tmp_path / "out", adapter=True)
+    assert not (tmp_path / "out").exists()
 
 
 # ---- the card ------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """A tracker gets every row once, also over kills; it can break, and training does not care."""
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cli, trackers
+from pipeline import cli, trackers, worker
 from pipeline.errors import ConfigError
 from pipeline.job import Job, Out
 from pipeline.manifest import Manifest, fingerprint
@@ -114,9 +116,10 @@ def test_trackio_holds_every_row_once_over_a_resume(tmp_path):
     pytest.importorskip("trackio")
     code = """
 killed_and_resumed(folder, "trackio")
-import trackio
-[run] = trackio.Api().runs("mine")
-print(json.dumps([[row["step"], row["loss"]] for row in run.history()] if hasattr(run, "history") else None))
+from trackio.sqlite_storage import SQLiteStorage
+[run] = SQLiteStorage.get_run_records("mine")
+rows = SQLiteStorage.get_logs("mine", run["name"])
+print(json.dumps([[row["step"], row["loss"]] for row in rows]))
 """
     found = json.loads(
         in_process(tmp_path, code, TRACKIO_DIR=str(tmp_path / "db")).splitlines()[-1]
@@ -128,8 +131,10 @@ print(json.dumps([[row["step"], row["loss"]] for row in run.history()] if hasatt
 def test_wandb_takes_the_rows_offline(tmp_path):
     pytest.importorskip("wandb")
     in_process(tmp_path, 'killed_and_resumed(folder, "wandb")', WANDB_MODE="offline")
-    stored = b"".join(p.read_bytes() for p in (tmp_path / "wandb").rglob("*.wandb"))
-    assert stored.count(b"loss") >= len(STEPS)
+    stored = b"".join(p.read_bytes() for p in sorted((tmp_path / "wandb").rglob("*.wandb")))
+    found = [float(value) for value in re.findall(rb"\x12\x04loss\x82\x01.([0-9.]+)", stored)]
+    # of each step a row of the history and one of the summary, in the file of wandb's own format
+    assert {round(value, 9) for value in found} == {round(1 / step, 9) for step in STEPS}
 
 
 @pytest.mark.slow
@@ -144,8 +149,35 @@ client = mlflow.MlflowClient()
 print(json.dumps([[m.step, m.value] for m in client.get_metric_history(run.info.run_id, "loss")]))
 """
     store = f"file://{tmp_path / 'store'}"
-    found = json.loads(in_process(tmp_path, code, MLFLOW_TRACKING_URI=store).splitlines()[-1])
+    found = json.loads(
+        in_process(
+            tmp_path, code, MLFLOW_TRACKING_URI=store, MLFLOW_ALLOW_FILE_STORE="true"
+        ).splitlines()[-1]
+    )
     assert sorted(map(tuple, found)) == [(step, 1 / step) for step in STEPS]
+
+
+def run(settings, inputs, out):
+    """A stage of seven rows, for the worker."""
+    assert (out.tracker is None) == (out.rank > 0)
+    for step in STEPS:
+        out.log(step, {"loss": 1 / step})
+    (out.artifact / "made.json").write_text("{}") if out.rank == 0 else None
+    return {"loss": 1 / 7}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_worker_gives_a_tracker_to_rank_0_and_ends_it(tmp_path, monkeypatch, rank):
+    ended = []
+    quiet = Broken()
+    quiet.log = lambda values, step: quiet.rows.append(step)
+    quiet.finish = lambda: ended.append(True)
+    monkeypatch.setitem(tracking._TRACKERS, "tensorboard", lambda *_: quiet)
+    job, _ = make_out(tmp_path, "tensorboard")
+    job = dataclasses.replace(job, module="tests.unit.test_tracking")
+    worker.run_job(job, rank, 2)
+    assert quiet.rows == ([] if rank else list(STEPS))
+    assert ended == ([] if rank else [True])
 
 
 class Broken:
