@@ -190,6 +190,7 @@ def test_more_than_the_rank_can_say_is_refused_and_less_is_not():
         adapters.extract(policy, base, rank=4)
 
 
+@pytest.mark.slow
 def test_the_adapter_of_a_run_and_its_card(monkeypatch, tmp_path):
     base, policy = adapted_model()
     config = {**CONFIG, "ppo": {**CONFIG["ppo"], "lora": {"rank": 4}}}
