@@ -29,6 +29,7 @@ SURFACE = {
     "lineage": ["target", "--label", "--json"],
     "config": ["target", "overrides", "--fields"],
     "report": ["targets", "--to"],
+    "export": ["target", "--to", "--what", "--adapter", "--licence", "--public", "--force"],
     "doctor": [],
 }
 
