@@ -1,8 +1,8 @@
 """evaluate: policy against sft (and base) on prompts that no stage was trained on.
 
 Reads: `policy`, `sft`, `base` where there is one, `policy_1` and so on (of earlier rounds), `rankings`
-where there are any, `prompts`, `text`, and `reward_model` where evaluate.best_of asks for the best of n
-sft responses as a baseline.
+where there are any, `prompts`, `text`; `answers` and `judgements` where people judge, and `reward_model`
+where evaluate.best_of asks for the best of n sft responses as a baseline.
 Writes an `evaluation`: `evaluation.json` and `comparisons.jsonl` (the answers side by side).
 
     prefline evaluate RUN evaluate.max_prompts=500
@@ -35,14 +35,14 @@ from pipeline import worker
 from pipeline.job import Inputs, Metrics, Out
 from pipeline.records import Prompt, write_jsonl
 from pipeline.settings import Settings
-from stages.answering import Answers, answer, best_of_n, best_of_n_kl
+from stages.answering import Answers, answer, best_of_n, best_of_n_kl, prompts_to_answer
 from stages.common import seed_for, start, stop_if_asked
 from stages.heldout_text import heldout_text, perplexity
 from stages.judges import judge_all, rubric_metrics
 from stages.judging import text_metrics
 from stages.label_agreement import Labels, annotator_agreement, read_labels
 from stages.models import load_causal_lm, load_reward_model, load_tokenizer
-from stages.prompts import PromptIds, encode_prompts, load_prompts, longest_prompt, of_split
+from stages.prompts import PromptIds
 from stages.rollout import all_logprobs, make_sequences
 from stages.verdicts import (
     Models,
@@ -71,27 +71,20 @@ _FIRST_JUDGE = {
 def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     accelerator = start(settings, out)
     tokenizer = load_tokenizer(inputs["policy"])
-    # a file that is given for this is for this; of one that ppo trains on, the test split only
-    unmarked = "test" if settings.evaluate.prompts else None
-    found = of_split(load_prompts(inputs["prompts"], settings, out, unmarked), "test", settings)
-    max_tokens = longest_prompt(
-        settings.evaluate.max_prompt_tokens,
-        settings.evaluate.max_response_tokens,
-        inputs["policy"].contract.get("max_length"),
-        out,
-    )
-    prompts = encode_prompts(found, tokenizer, max_tokens, out)
-    prompts = prompts[: settings.evaluate.max_prompts]
+    prompts = prompts_to_answer(settings, inputs, out)
     documents = heldout_text(settings, inputs, out)
 
     metrics: Metrics = {"prompts": len(prompts)}
     answers: dict[str, Answers] = {}
     models = [role for role in _MODELS if role in inputs] + earlier_policies(inputs)
+    asked_before = inputs["answers"].path if "answers" in inputs else None
     for role in models:
         stop_if_asked(accelerator, out, lambda: None)
         model = load_causal_lm(inputs[role]).to(accelerator.device).eval()
         own_tokenizer = load_tokenizer(inputs[role])
-        answers[role] = answer(settings, role, model, own_tokenizer, prompts, accelerator, out)
+        answers[role] = answer(
+            settings, role, model, own_tokenizer, prompts, accelerator, out, asked_before
+        )
         if role == "sft":
             metrics["kl_nats"] = _kl(
                 settings, answers["policy"], model, prompts, tokenizer, accelerator
