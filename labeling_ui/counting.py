@@ -140,8 +140,8 @@ def why_left_out(status: str, task_kind: str, superseded: bool, late: bool) -> s
         return "superseded"
     if status in ("skipped", "all_bad"):
         return status
-    # known answers and repeats measure annotators, they teach nothing
-    if task_kind in ("gold", "repeat"):
+    # known answers and repeats measure annotators, judgements measure models: they teach nothing
+    if task_kind in ("gold", "repeat", "judge"):
         return task_kind
     return "late" if late else None
 

@@ -283,7 +283,7 @@ class Crew:
         """Run a job in the child of its launch profile; starts that child if need be."""
         self.check_stop(job.step)
         # the rank step is about people: one process, whatever training needs
-        several = is_several(self._settings) and job.stage != "rank"
+        several = is_several(self._settings) and job.stage not in ("rank", "judge")
         if several not in self._children:
             if several:
                 refuse_deepspeed(self._settings.profile)
