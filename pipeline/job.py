@@ -7,6 +7,7 @@ The parent writes a job as JSON; the child (see `worker.py`) calls the stage's
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -85,6 +86,7 @@ class Out:
     checkpoints: folder for the stage's own checkpoints.
     contract, derived, cost: dicts that the stage fills; they go into the manifest.
     resumed_from: set by the stage to the step it continued from.
+    steps_per_row: optimiser steps, which number a Trainer's checkpoints, to a row of the metrics.
     """
 
     def __init__(self, job: Job, rank: int = 0, world_size: int = 1) -> None:
@@ -101,7 +103,8 @@ class Out:
         self.derived: dict[str, Any] = {}
         self.cost: dict[str, float] = {"tokens": 0, "flops": 0.0}
         self.resumed_from: int | None = None
-        self._last_beat = 0.0
+        self.steps_per_row = 1
+        self._last_beat = -math.inf
         self._last_shown = 0.0
         self._metrics = job.work / "metrics.jsonl"
         self._samples = job.work / "samples.jsonl"
@@ -159,11 +162,12 @@ class Out:
 
     def progress(self, done: int, total: int, unit: str = "step") -> None:
         """A heartbeat, at most twice a second: `status` shows it and can tell alive from dead."""
-        now = time.time()
+        # a clock that is set back must not silence it
+        now = time.monotonic()
         if self.rank != 0 or (now - self._last_beat < 0.5 and done < total):
             return
         self._last_beat = now
-        beat = {"done": done, "total": total, "unit": unit, "pid": os.getpid(), "time": now}
+        beat = {"done": done, "total": total, "unit": unit, "pid": os.getpid(), "time": time.time()}
         temporary = self.work / "heartbeat.tmp"
         temporary.write_text(json.dumps(beat), encoding="utf-8")
         os.replace(temporary, self.work / "heartbeat.json")
