@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.files import replace_durably, sync
 from pipeline.records import canonical_json
 
 Metrics = dict[str, Any]
@@ -140,6 +141,12 @@ class Out:
         )
         self.say(f"step {step}  {shown}")
 
+    def keep_rows(self) -> None:
+        """Wait until the rows written so far are on disk: a checkpoint that is there has its rows."""
+        for path in (self._metrics, self._samples):
+            if self.rank == 0 and path.exists():
+                sync(path)
+
     def sample(self, step: int, **row: Any) -> None:
         """One text that the model wrote, with its prompt, as a row of samples.jsonl."""
         if self.rank != 0:
@@ -158,7 +165,7 @@ class Out:
             kept = [row for row in rows if step is not None and json.loads(row)["step"] <= step]
             temporary = path.with_suffix(".tmp")
             temporary.write_bytes(b"".join(row + b"\n" for row in kept))
-            os.replace(temporary, path)
+            replace_durably(temporary, path)
 
     def progress(self, done: int, total: int, unit: str = "step") -> None:
         """A heartbeat, at most twice a second: `status` shows it and can tell alive from dead."""

@@ -70,6 +70,7 @@ class Checkpointer:
         for leftover in self._folder.glob("tmp-*"):
             shutil.rmtree(leftover)
         temporary.mkdir(parents=True)
+        self._out.keep_rows()
         check_weights(
             self._out,
             step,

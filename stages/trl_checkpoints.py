@@ -200,6 +200,7 @@ class LineCallback(TrainerCallback):  # type: ignore[misc]  # transformers does 
             folder = self._out.checkpoints / f"checkpoint-{state.global_step}"
             if self._extra:
                 self._extra.write(folder)
+            self._out.keep_rows()
             commit(folder, self._schedule.keep)
         PartialState().wait_for_everyone()
         # the Trainer logs, saves its own files and then calls this

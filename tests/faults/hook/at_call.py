@@ -1,7 +1,7 @@
 """Does something at the Nth call of a function of ours, in a child process; sitecustomize.py installs it.
 
-PREFLINE_AT_CALL: a JSON list of faults with "where" ("stages.experience:roll_out", or "module:Class.method"), "call" (N, from 1),
-"rank" (the others do nothing) and "do":
+PREFLINE_AT_CALL: a JSON list of faults with "where" ("stages.experience:roll_out", "module:Class.method"),
+"call" (N, from 1), "rank" (the others do nothing) and "do":
 
     signal   "number" to the rank itself, or to the leading process where "to" is "parent"
     fill     write FILLER (a path on the disk of the run) until "leave" bytes of the disk are left
