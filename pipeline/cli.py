@@ -106,12 +106,13 @@ def _run(
     finish: bool = False,
     wait: bool | None = None,
 ) -> None:
-    from pipeline import lend, runner, sources, trackers, waiting, workspace
+    from pipeline import launch, lend, runner, sources, trackers, waiting, workspace
 
     draft = workspace.draft_run(target, overrides or ())
     runner.select(draft.settings, until, only)
     sources.check_all(draft.settings)
     trackers.check(draft.settings.run.tracker)
+    launch.check_profile(draft.settings.launch.profile)
     if dry_run:
         for line in runner.dry_run(draft, until, only):
             print(line)

@@ -30,6 +30,7 @@ from pipeline.report_data import (
     read_step,
     texts,
 )
+from pipeline.report_failures import failures
 from pipeline.report_judges import TITLES, judge_tables
 from pipeline.report_notes import careful_notes
 from pipeline.report_plots import Row, finite, number, percent, win_bar
@@ -110,6 +111,7 @@ def _view(run: Run, steps: list[StepView]) -> Row:
             {},
         ),
         "wins": [(s.round, *_interval(s.metrics), win_bar(*_interval(s.metrics))) for s in judged],
+        "failures": failures(run, steps),
         "notes": careful_notes(settings, steps, comparisons),
         "learning": _learning(steps),
         "rank_steps": [(s, annotator_rows(s)) for s in steps if s.stage == "rank" and s.manifest],

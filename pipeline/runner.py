@@ -229,7 +229,7 @@ def _run_step(run: Run, crew: Crew, state: StepState) -> None:
     except ToolkitError as error:
         # on a full disk the reason matters more than its record
         with contextlib.suppress(OSError):
-            run.record("failed", **facts, reason=error.message)
+            run.record("failed", **facts, reason=error.message, hint=error.hint)
         raise
     run.record("done", **facts)
 

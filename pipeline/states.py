@@ -189,6 +189,8 @@ class Inspector:
         more = labels["rankings"] - then["rankings"]
         words = "new ranking" if more == 1 else "new rankings"
         reason = f"{more} {words}" if more > 0 else "rankings were changed"
+        if labels.get("forgotten") != then.get("forgotten"):
+            reason = "an annotator was forgotten"
         fingerprint = content_id("labels", fingerprint, labels)
         word, progress = self._unfinished(
             step, fingerprint, self.run.step_dir(step.name, fingerprint)

@@ -208,6 +208,7 @@ def run_job(job: Job, rank: int, world_size: int) -> None:
             "seconds": cost["seconds"],
         }
     )
+    out.keep_rows()
     artifacts.publish(job.work, draft)
     out.say(f"done in {cost['seconds']:.1f} s")
 
