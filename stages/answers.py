@@ -46,11 +46,11 @@ def merges(models: Models, model: str, token: int) -> Answer:
 def neighbours(models: Models, model: str, token: int) -> Answer:
     """The tokens whose embeddings are nearest to a token's."""
     loaded = models.model(model)
-    weights = loaded.model.get_input_embeddings().weight  # type: ignore[union-attr]
+    weights = loaded.model.get_input_embeddings().weight
     if not 0 <= token < len(weights):
         raise DataError(f"there is no token {token}")
     with loaded.lock:
-        found = probe.neighbours(weights.detach(), token)  # type: ignore[arg-type]
+        found = probe.neighbours(weights.detach(), token)
     rows = [{**loaded.vocabulary.describe(i), "cosine": cosine} for i, cosine in found]
     return {"token": loaded.vocabulary.describe(token), "rows": rows}
 
@@ -243,7 +243,7 @@ def _ids(loaded: Loaded, text: str, chat: bool) -> list[int]:
     if chat:
         ids = encode_prompt(loaded.tokenizer, [{"role": "user", "content": text}])
     else:
-        ids = list(loaded.tokenizer(text)["input_ids"])  # type: ignore[arg-type]
+        ids = list(loaded.tokenizer(text)["input_ids"])
     if not ids:
         raise DataError("There is no text to look at.")
     _check_length(loaded, ids)

@@ -34,7 +34,7 @@ class Loaded:
         self.offered = offered
         self.lock = threading.Lock()
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(offered.item)
-        self.model: PreTrainedModel = load_causal_lm(offered.item).to(device).eval()  # type: ignore[arg-type]
+        self.model: PreTrainedModel = load_causal_lm(offered.item).to(device).eval()
         self._logits: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
         self._attention: OrderedDict[tuple[int, ...], Attention] = OrderedDict()
 

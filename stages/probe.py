@@ -6,13 +6,14 @@ Attention is in `probe_attention.py`, what PPO sees of a response in `probe_poli
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_TOKENS = 1024
@@ -104,7 +105,7 @@ def merge_steps(piece: str, ranks: dict[tuple[str, str], int]) -> tuple[list[lis
     parts = list(piece)
     states, used = [parts], []
     while len(parts) > 1:
-        pairs = [ranks.get(pair, math.inf) for pair in zip(parts, parts[1:], strict=False)]
+        pairs = [ranks.get(pair, math.inf) for pair in itertools.pairwise(parts)]
         best = min(pairs)
         if best == math.inf:
             break
@@ -277,8 +278,7 @@ def shape_of(model: PreTrainedModel) -> dict[str, Any]:
     """What a reader wants to know of a model first: its kind and sizes."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
-    embeddings = model.get_input_embeddings()
-    assert isinstance(embeddings, nn.Module)
+    embeddings: Any = model.get_input_embeddings()
     return {
         "architecture": config.model_type,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -287,5 +287,5 @@ def shape_of(model: PreTrainedModel) -> dict[str, Any]:
         "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
         "hidden_size": getattr(config, "hidden_size", None),
         "positions": getattr(config, "max_position_embeddings", None),
-        "vocabulary": int(embeddings.weight.shape[0]),  # type: ignore[union-attr]
+        "vocabulary": len(embeddings.weight),
     }

@@ -155,8 +155,8 @@ def by_hand(layer: Layer, head: int, at: int, to: int) -> dict[str, Any]:
     """How much token `at` looks at token `to` in one head, step by step in plain numbers.
 
     rows: for each key its product with the query, that times the scaling (and capped), the logit (with
-    what a mask adds; None where it hides the key), exp of its difference to the largest, and the weight. pair: query and key of `to`, and their products
-    number by number.
+    what a mask adds; None where it hides the key), exp of its difference to the largest, and the
+    weight. query, key: of the pair; products: theirs, number by number.
     """
     group = head // (layer.query.shape[0] // layer.key.shape[0])
     query_D = layer.query[head, at].double()

@@ -30,13 +30,13 @@ def made(config, sharpness=4.0):
 
 def llama(**more):
     """Four heads on two groups of keys."""
-    shape = dict(vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
-    shape |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
+    shape = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     return LlamaConfig(**shape | more)
 
 
-SHAPE = dict(vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
-SHAPE |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+SHAPE = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 CONFIGS = {
     "llama": lambda: llama(),
     "gpt2": lambda: GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64),
