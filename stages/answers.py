@@ -74,7 +74,10 @@ def attention(
     chat: bool = False,
 ) -> Answer:  # fmt: skip
     """One head over the text, how much each head of each layer looks from `at` to `to`, and the
-    arithmetic of that pair."""
+    arithmetic of that pair.
+
+    layer -1: the head that looks hardest at another token than the first. to -1: what it looks at most.
+    """
     loaded = models.model(model)
     ids = _ids(loaded, text, chat)
     _check_place(ids, at)
@@ -85,9 +88,12 @@ def attention(
     found = loaded.attention(ids)
     if not len(found):
         raise DataError(f"{loaded.model.config.model_type}: this model does not show attention")
-    layer, to = min(layer, len(found) - 1), min(to, at)
+    if layer < 0:
+        layer, head = probe_attention.hardest(found, at)
+    layer = min(layer, len(found) - 1)
     weights_ATT = found.weights_of(layer)
     head = min(head, weights_ATT.shape[0] - 1)
+    to = probe_attention.most_seen(weights_ATT[head, at], at) if to < 0 else min(to, at)
     by_hand = probe_attention.by_hand(found.layers[layer], head, at, to) if found.layers else None
     return {
         "tokens": _described(loaded, ids),

@@ -128,6 +128,22 @@ def _computed_by(model: PreTrainedModel, name: str) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
+def hardest(found: Attention, at: int) -> tuple[int, int]:
+    """(layer, head) that looks hardest from `at` at another token than the first and itself."""
+    if at < 2:
+        return 0, 0
+    seen_LA = torch.stack(
+        [found.weights_of(i)[:, at, 1:at].max(-1).values for i in range(len(found))]
+    )
+    layer, head = divmod(int(seen_LA.argmax()), seen_LA.shape[1])
+    return layer, head
+
+
+def most_seen(weights_T: Tensor, at: int) -> int:
+    """What a token looks at most, apart from the first token and itself where there are others."""
+    return 1 + int(weights_T[1:at].argmax()) if at >= 2 else 0
+
+
 def scores(layer: Layer) -> Tensor:
     """The products of queries and keys as the softmax reads them, `[A, T, T]`."""
     key_ATD = _spread(layer.key, layer.query.shape[0])
