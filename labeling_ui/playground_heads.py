@@ -107,9 +107,9 @@ def _grid(found: Answer) -> str:
         f'<table class="pg-grid"><thead><tr><th><span>layer</span></th>{heads}</tr></thead>'
         f"<tbody>{cells}</tbody></table></div>"
         + note(
-            "Percent of attention on this pair in each head (columns) of each layer (rows). Heads divide the"
-            " work: some look at the token before, some at the same word, some at what a word refers to."
-            " Choose a head to see it."
+            "Percent of attention on this pair in each head (columns) of each layer (rows), counted from 0."
+            " Heads divide the work: some look at the token before, some at the same word, some at what a"
+            " word refers to. Choose a head to see it."
         )
     )
 
@@ -130,7 +130,7 @@ def _by_hand(found: Answer) -> str:
                 else f"{token(tokens[i])}",
                 _number(row["product"]),
                 _number(row["scaled"]),
-                "hidden" if hidden else _number(row["logit"]),
+                "hidden" if hidden else _added(row["logit"] - row["scaled"]),
                 "0" if hidden else f"{row['exp']:.4f}",
                 f"{100 * row['weight']:.1f} %",
                 bar(row["weight"]),
@@ -139,7 +139,8 @@ def _by_hand(found: Answer) -> str:
     if at + 2 < len(tokens):
         rows.append([f"… {len(tokens) - at - 2} more", "", "", "hidden", "0", "0.0 %", bar(0)])
     pair = told["rows"][to]
-    group = f" (keys of group {told['group']})" if len(found["grid"][0]) > 1 else ""
+    shared = told["groups"] < found["heads"]
+    group = f"; keys of group {told['group']}, which several heads share" if shared else ""
     cap = f", capped softly at {told['softcap']:g}" if told["softcap"] else ""
     sink = (
         f" The head has a sink of logit {told['sink']:.3f}, which takes the rest of the weight."
@@ -200,6 +201,11 @@ def _products(found: Answer) -> str:
         )
         + "</details>"
     )
+
+
+def _added(value: float) -> str:
+    """What a mask adds: nothing, or with positions as a bias a little."""
+    return "0" if abs(value) < 1e-6 else _number(value)
 
 
 def _number(value: float) -> str:

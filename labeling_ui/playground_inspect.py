@@ -53,7 +53,7 @@ def build(models: Models, prompts: list[str], nav: str) -> gr.Blocks:
                 elem_id="text", scale=4,
             )  # fmt: skip
             with gr.Column(scale=2, min_width=220):
-                model = gr.Dropdown(choices, value=models.names[-1], label="Model", elem_id="model")
+                model = gr.Dropdown(choices, value=models.names[0], label="Model", elem_id="model")
                 chat = gr.Checkbox(
                     False, label="as a user's turn, in the chat template", elem_id="as-chat"
                 )
@@ -79,7 +79,7 @@ def build(models: Models, prompts: list[str], nav: str) -> gr.Blocks:
             with gr.Tab("Stage by stage") as tabs["stages"]:
                 stages = _stages_tab(models, choices)
             with gr.Tab("What PPO sees") as tabs["policy"]:
-                _policy_tab(models, model, prompts)
+                _policy_tab(models, prompts)
 
         pictures_ = list(drawn.values())
         asked = [place, model, text, chat, *shaping]
@@ -105,6 +105,10 @@ def build(models: Models, prompts: list[str], nav: str) -> gr.Blocks:
             fresh = _Place(view=state.view)
             return [await _facts(models, given[0]), *await draw(fresh, *given)]
 
+        async def on_model(state: _Place, *given: Any) -> list[Any]:
+            """The same place in another model."""
+            return [await _facts(models, given[0]), *await draw(state, *given)]
+
         async def on_pick(state: _Place, *given: Any, event: gr.EventData) -> list[Any]:
             _pick(state, getattr(event, "_data", None))
             return await draw(state, *given)
@@ -115,12 +119,13 @@ def build(models: Models, prompts: list[str], nav: str) -> gr.Blocks:
 
         outputs = [place, strip, *pictures_]
         gr.on(
-            [page.load, look.click, text.submit, model.input, chat.input],
+            [page.load, look.click, text.submit, chat.input],
             on_look,
             asked,
             [facts, *outputs],
             **QUIET,
         )
+        model.input(on_model, asked, [facts, *outputs], **QUIET)
         for part in (strip, *pictures_):
             part.pick(_with_event(on_pick), asked, outputs, **QUIET)
         for control in shaping:
@@ -238,15 +243,18 @@ def _shaped(values: tuple[Any, ...]) -> dict[str, Any]:
 
 def _stages_tab(models: Models, choices: list[tuple[str, str]]) -> Any:
     gr.HTML(
-        note("The same text before each model, in the order in which they were made."),
+        note(
+            "The same text before each model, in the order in which they were made. Temperature 0 always"
+            " takes the likeliest token."
+        ),
         apply_default_css=False,
     )
     with gr.Row():
         which = gr.CheckboxGroup(choices, value=models.names[:6], label="Models", scale=3)
-        temperature = gr.Slider(0, 2, 0.0, step=0.05, label="Temperature (0: the likeliest)")
+        temperature = gr.Slider(0, 2, 0.0, step=0.05, label="Temperature")
         seed = gr.Number(0, precision=0, label="Seed", minimum=0)
         most = gr.Slider(1, 200, 40, step=1, label="Tokens to write")
-    go = gr.Button("Let them go on", elem_id="go-on")
+    go = gr.Button("Let them go on", variant="primary", elem_id="go-on", elem_classes="pg-go")
     shown = gr.HTML("", apply_default_css=False, elem_id="pic-stages")
 
     async def on_go(words: str, as_chat: bool, names: list[str], *values: Any) -> str:
@@ -268,11 +276,11 @@ def _stages_tab(models: Models, choices: list[tuple[str, str]]) -> Any:
     return connect
 
 
-def _policy_tab(models: Models, model: Any, prompts: list[str]) -> None:
+def _policy_tab(models: Models, prompts: list[str]) -> None:
     gr.HTML(
         note(
-            "A response to a prompt, token by token, as PPO sees it. Choose a policy above; leave the"
-            " response empty to let it write one."
+            "A response to a prompt, token by token, as PPO sees it. Leave the response empty to let the"
+            " policy write one."
         ),
         apply_default_css=False,
     )
@@ -285,8 +293,13 @@ def _policy_tab(models: Models, model: Any, prompts: list[str]) -> None:
             label="Response (empty: the policy writes)", lines=2, max_length=_LONGEST,
             elem_id="ppo-response",
         )  # fmt: skip
-        seed = gr.Number(0, precision=0, label="Seed", minimum=0, min_width=100, scale=0)
-    go = gr.Button("Show what PPO sees", elem_id="ppo-go")
+    with gr.Row():
+        model = gr.Dropdown(
+            [(one.label, one.name) for one in models.offered],
+            value=models.names[-1], label="Policy", elem_id="policy",
+        )  # fmt: skip
+        seed = gr.Number(0, precision=0, label="Seed", minimum=0)
+    go = gr.Button("Show what PPO sees", variant="primary", elem_id="ppo-go", elem_classes="pg-go")
     shown = gr.HTML("", apply_default_css=False, elem_id="pic-policy")
 
     async def on_go(name: str, words: str, said: str, number: Any) -> str:

@@ -80,7 +80,7 @@ def _strip(tokens: Sequence[Answer], values: list[float], name: str, meaning: st
     most = max(sizes[int(0.95 * (len(sizes) - 1))], 1e-9)
     shades = [abs(value) / most for value in values]
     hues = ["cool" if value >= 0 else "warm" for value in values]
-    below = [signed(value)[:-1] for value in values]
+    below = [signed(value)[:-1] if abs(value) >= 0.005 else "" for value in values]
     return (
         title(name[:1].upper() + name[1:])
         + note(meaning)

@@ -204,6 +204,7 @@ def by_hand(layer: Layer, head: int, at: int, to: int) -> dict[str, Any]:
         "softcap": layer.softcap,
         "sink": sink,
         "group": group,
+        "groups": layer.key.shape[0],
         "largest": largest,
         "total": total,
         "query": query_D.tolist(),
