@@ -31,7 +31,7 @@ def build(models: Models, prompts: list[str], save: Save | None, nav: str) -> gr
     choices = [(one.label, one.name) for one in models.offered]
     with gr.Blocks(title="prefline: chat", analytics_enabled=False) as page:
         gr.HTML(nav, apply_default_css=False, elem_classes="pg-nav")
-        talk = gr.State(lambda: Talk())
+        talk = gr.State()
         chosen = gr.CheckboxGroup(
             choices, value=_first_choice(models), label="Models", elem_id="models"
         )
@@ -49,6 +49,12 @@ def build(models: Models, prompts: list[str], save: Save | None, nav: str) -> gr
             with gr.Column(scale=1, min_width=150):
                 send = gr.Button("Send", variant="primary", elem_id="send")
                 stop = gr.Button("Stop", elem_id="stop")
+        with gr.Row(elem_classes="pg-act"):
+            clear = gr.Button("Begin anew", elem_id="clear")
+            keep = gr.Button(
+                "Save this comparison as a ranking task", elem_id="save", visible=save is not None
+            )
+        told = gr.HTML("", apply_default_css=False, elem_id="told")
         if prompts:
             example = gr.Dropdown(
                 [(_short(text), text) for text in prompts],
@@ -58,16 +64,11 @@ def build(models: Models, prompts: list[str], save: Save | None, nav: str) -> gr
             )
             example.input(lambda text: text or "", example, box, **QUIET)
         controls = _sampling(choices)
-        with gr.Row(elem_classes="pg-act"):
-            clear = gr.Button("Begin anew", elem_id="clear")
-            keep = gr.Button(
-                "Save this comparison as a ranking task", elem_id="save", visible=save is not None
-            )
-        told = gr.HTML("", apply_default_css=False, elem_id="told")
 
         async def on_send(
-            state: Talk, prompt: str, names: list[str], *values: Any
+            state: Talk | None, prompt: str, names: list[str], *values: Any
         ) -> AsyncIterator[tuple[Any, ...]]:
+            state = state or Talk()
             try:
                 shared, seed, shaping, max_tokens = _settings(values)
                 turn = _begun(state, prompt, names, shared)
@@ -79,12 +80,14 @@ def build(models: Models, prompts: list[str], save: Save | None, nav: str) -> gr
             async for _ in _written(models, turn, seed, shaping, max_tokens):
                 yield _drawn(state, models), state, gr.skip(), gr.skip()
 
-        async def on_stop(state: Talk) -> tuple[Any, ...]:
+        async def on_stop(state: Talk | None) -> tuple[Any, ...]:
+            state = state or Talk()
             state.stop()
             return _drawn(state, models), state
 
-        async def on_save(state: Talk) -> str:
+        async def on_save(state: Talk | None) -> str:
             assert save is not None
+            state = state or Talk()
             try:
                 row = state.comparison(models.version_of)
                 new = await asyncio.to_thread(save, row, state.sampling)
@@ -107,7 +110,7 @@ def build(models: Models, prompts: list[str], save: Save | None, nav: str) -> gr
         )
         stop.click(on_stop, [talk], [board, talk], cancels=[going], **QUIET)
         clear.click(
-            lambda: (_drawn(Talk(), models), Talk(), ""),
+            lambda: (_drawn(Talk(), models), None, ""),
             None,
             [board, talk, told],
             cancels=[going],

@@ -80,7 +80,9 @@ def _heat_map(found: Answer) -> str:
         f'<svg class="pg-heat" width="{size + 30}" height="{size}" role="img"'
         f' aria-label="Attention of every token (rows) to every earlier one (columns)">{"".join(parts)}'
         "</svg></div>"
-        + note(f"A row is a token that looks, a column one that is looked at; darker is more.{cut}")
+        + note(
+            f"A row is a token that looks, a column one that is looked at; more colour is more.{cut}"
+        )
     )
 
 

@@ -14,15 +14,14 @@ import gradio as gr
 
 from labeling_ui import playground_heads as heads
 from labeling_ui import playground_pictures as pictures
-from labeling_ui import playground_policy as policies
+from labeling_ui import playground_tabs
 from labeling_ui.forms import Refused
 from labeling_ui.playground_models import Models
 from labeling_ui.playground_parts import chips, note, refused
+from labeling_ui.playground_tabs import LONGEST, QUIET
 
 SENTENCE = "The cat sat on the mat because it was soft"
 _WORD = " it"
-_LONGEST = 20_000
-QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 _PICKS = """
 element.addEventListener('click', event => {
   const chosen = event.target.closest('[data-pick]');
@@ -46,10 +45,10 @@ def build(models: Models, prompts: list[str], nav: str) -> gr.Blocks:
     choices = [(one.label, one.name) for one in models.offered]
     with gr.Blocks(title="prefline: inspect", analytics_enabled=False) as page:
         gr.HTML(nav, apply_default_css=False, elem_classes="pg-nav")
-        place = gr.State(lambda: _Place())
+        place = gr.State()
         with gr.Row(elem_classes="pg-write"):
             text = gr.Textbox(
-                SENTENCE, label="Text", lines=2, max_lines=8, max_length=_LONGEST,
+                SENTENCE, label="Text", lines=2, max_lines=8, max_length=LONGEST,
                 elem_id="text", scale=4,
             )  # fmt: skip
             with gr.Column(scale=2, min_width=220):
@@ -77,19 +76,20 @@ def build(models: Models, prompts: list[str], nav: str) -> gr.Blocks:
             with gr.Tab("Neighbours") as tabs["neighbours"]:
                 drawn["neighbours"] = _picture("neighbours")
             with gr.Tab("Stage by stage") as tabs["stages"]:
-                stages = _stages_tab(models, choices)
+                playground_tabs.stages_tab(models, text, chat)
             with gr.Tab("What PPO sees") as tabs["policy"]:
-                _policy_tab(models, prompts)
+                playground_tabs.policy_tab(models, prompts)
 
         pictures_ = list(drawn.values())
         asked = [place, model, text, chat, *shaping]
 
         async def draw(
-            state: _Place, name: str, words: str, as_chat: bool, *values: Any
+            state: _Place | None, name: str, words: str, as_chat: bool, *values: Any
         ) -> list[Any]:
             """The tokens and the picture in front; the others are drawn when they are."""
+            state = state or _Place()
             try:
-                given = {"model": str(name), "text": str(words)[:_LONGEST], "chat": bool(as_chat)}
+                given = {"model": str(name), "text": str(words)[:LONGEST], "chat": bool(as_chat)}
                 found = (await models.ask("tokens", **given))["tokens"]
                 if not 0 <= state.at < len(found):
                     state.at, state.to = _first_place(found), -1
@@ -100,20 +100,22 @@ def build(models: Models, prompts: list[str], nav: str) -> gr.Blocks:
             answers = [shown if view == state.view else gr.skip() for view in drawn]
             return [state, row, *answers]
 
-        async def on_look(state: _Place, *given: Any) -> list[Any]:
+        async def on_look(state: _Place | None, *given: Any) -> list[Any]:
             """A new text or model: nothing is chosen any more."""
-            fresh = _Place(view=state.view)
+            fresh = _Place(view=state.view if state else _Place.view)
             return [await _facts(models, given[0]), *await draw(fresh, *given)]
 
-        async def on_model(state: _Place, *given: Any) -> list[Any]:
+        async def on_model(state: _Place | None, *given: Any) -> list[Any]:
             """The same place in another model."""
             return [await _facts(models, given[0]), *await draw(state, *given)]
 
-        async def on_pick(state: _Place, *given: Any, event: gr.EventData) -> list[Any]:
+        async def on_pick(state: _Place | None, *given: Any, event: gr.EventData) -> list[Any]:
+            state = state or _Place()
             _pick(state, getattr(event, "_data", None))
             return await draw(state, *given)
 
-        async def on_tab(view: str, state: _Place, *given: Any) -> list[Any]:
+        async def on_tab(view: str, state: _Place | None, *given: Any) -> list[Any]:
+            state = state or _Place()
             state.view = view
             return await draw(state, *given)
 
@@ -132,7 +134,6 @@ def build(models: Models, prompts: list[str], nav: str) -> gr.Blocks:
             control.input(draw, asked, outputs, trigger_mode="always_last", **QUIET)
         for view, tab in tabs.items():
             tab.select(_at_tab(on_tab, view), asked, outputs, **QUIET)
-        stages(text, chat)
     page.queue(default_concurrency_limit=16)
     return page
 
@@ -236,83 +237,3 @@ def _shaped(values: tuple[Any, ...]) -> dict[str, Any]:
         }
     except (TypeError, ValueError):
         raise Refused("One of the settings is no number.") from None
-
-
-# ---- tabs with a button of their own: they make a model write ------------------------------
-
-
-def _stages_tab(models: Models, choices: list[tuple[str, str]]) -> Any:
-    gr.HTML(
-        note(
-            "The same text before each model, in the order in which they were made. Temperature 0 always"
-            " takes the likeliest token."
-        ),
-        apply_default_css=False,
-    )
-    with gr.Row():
-        which = gr.CheckboxGroup(choices, value=models.names[:6], label="Models", scale=3)
-        temperature = gr.Slider(0, 2, 0.0, step=0.05, label="Temperature")
-        seed = gr.Number(0, precision=0, label="Seed", minimum=0)
-        most = gr.Slider(1, 200, 40, step=1, label="Tokens to write")
-    go = gr.Button("Let them go on", variant="primary", elem_id="go-on", elem_classes="pg-go")
-    shown = gr.HTML("", apply_default_css=False, elem_id="pic-stages")
-
-    async def on_go(words: str, as_chat: bool, names: list[str], *values: Any) -> str:
-        try:
-            if not names:
-                raise Refused("Choose at least one model.")
-            heat, number, count = float(values[0]), int(values[1] or 0), int(values[2])
-            answer = await models.ask(
-                "stages", names=names, text=str(words)[:_LONGEST], chat=bool(as_chat), seed=number,
-                shaping={"temperature": heat}, max_tokens=count,
-            )  # fmt: skip
-        except Refused as error:
-            return refused(error.message)
-        return pictures.stages(answer, models.label_of)
-
-    def connect(text: Any, chat: Any) -> None:
-        go.click(on_go, [text, chat, which, temperature, seed, most], [shown], **_WAITING)
-
-    return connect
-
-
-def _policy_tab(models: Models, prompts: list[str]) -> None:
-    gr.HTML(
-        note(
-            "A response to a prompt, token by token, as PPO sees it. Leave the response empty to let the"
-            " policy write one."
-        ),
-        apply_default_css=False,
-    )
-    with gr.Row():
-        prompt = gr.Textbox(
-            prompts[0] if prompts else "Tell me a story about a cat.",
-            label="Prompt", lines=2, max_length=_LONGEST, elem_id="ppo-prompt",
-        )  # fmt: skip
-        response = gr.Textbox(
-            label="Response (empty: the policy writes)", lines=2, max_length=_LONGEST,
-            elem_id="ppo-response",
-        )  # fmt: skip
-    with gr.Row():
-        model = gr.Dropdown(
-            [(one.label, one.name) for one in models.offered],
-            value=models.names[-1], label="Policy", elem_id="policy",
-        )  # fmt: skip
-        seed = gr.Number(0, precision=0, label="Seed", minimum=0)
-    go = gr.Button("Show what PPO sees", variant="primary", elem_id="ppo-go", elem_classes="pg-go")
-    shown = gr.HTML("", apply_default_css=False, elem_id="pic-policy")
-
-    async def on_go(name: str, words: str, said: str, number: Any) -> str:
-        try:
-            answer = await models.ask(
-                "policy", model=str(name), prompt=str(words)[:_LONGEST],
-                response=str(said)[:_LONGEST] if said else None, seed=int(number or 0),
-            )  # fmt: skip
-        except Refused as error:
-            return refused(error.message)
-        return await asyncio.to_thread(policies.policy, answer)
-
-    go.click(on_go, [model, prompt, response, seed], [shown], **_WAITING)
-
-
-_WAITING = {**QUIET, "show_progress": "minimal"}

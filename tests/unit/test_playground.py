@@ -291,7 +291,7 @@ def test_a_comparison_becomes_one_task_however_often_it_is_saved(new_store):
 
 def test_a_prompt_that_ranking_cannot_show_is_refused_and_leaves_nothing(new_store):
     store = new_store()
-    row = talk(("p" * 200_000, {"sft": "a", "ppo": "b"})).comparison(str)
+    row = talk(("p \ud800", {"sft": "a", "ppo": "b"})).comparison(str)
     with pytest.raises(Refused, match="cannot be ranked"):
         playground_talk.save(store, row, {})
     with store.read() as tx:
