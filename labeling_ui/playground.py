@@ -129,7 +129,11 @@ def _serve(given: argparse.Namespace) -> int:
         os.environ["GRADIO_TEMP_DIR"] = empty
         os.chdir(empty)
         print(f"Playground: http://{HOST}:{given.port}/{given.page}/", file=sys.stderr)
-        uvicorn.run(app, host=HOST, port=given.port, log_level="warning", server_header=False)
+        # browsers keep a stream open, for which an end would wait
+        uvicorn.run(
+            app, host=HOST, port=given.port, log_level="warning", server_header=False,
+            timeout_graceful_shutdown=1,
+        )  # fmt: skip
     finally:
         child.kill()
         child.wait()

@@ -40,7 +40,8 @@ def build(models: Models, prompts: list[str], save: Save | None, nav: str) -> gr
             box = gr.Textbox(
                 label="Your prompt",
                 placeholder="Write to all chosen models. Enter sends, Shift+Enter begins a new line.",
-                lines=2,
+                # with one line at first, Enter sends
+                lines=1,
                 max_lines=8,
                 max_length=20_000,
                 elem_id="prompt",

@@ -48,7 +48,7 @@ def build(models: Models, prompts: list[str], nav: str) -> gr.Blocks:
         place = gr.State()
         with gr.Row(elem_classes="pg-write"):
             text = gr.Textbox(
-                SENTENCE, label="Text", lines=2, max_lines=8, max_length=LONGEST,
+                SENTENCE, label="Text", lines=1, max_lines=8, max_length=LONGEST,
                 elem_id="text", scale=4,
             )  # fmt: skip
             with gr.Column(scale=2, min_width=220):

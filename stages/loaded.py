@@ -77,6 +77,8 @@ class Models:
         self.limit_bytes = limit_bytes if limit_bytes is not None else _room(self.device)
         self._held: OrderedDict[tuple[str, str], tuple[Any, int]] = OrderedDict()
         self._changing = threading.Lock()
+        # one at a time, of all: transformers leaves weights out when it loads two in parallel
+        self._reading = threading.Lock()
         self._loading: dict[tuple[str, str], threading.Lock] = {}
 
     def model(self, name: str) -> Loaded:
@@ -110,7 +112,8 @@ class Models:
                     self._held.move_to_end(key)
                     found: Made = self._held[key][0]
                     return found
-            made = load(self.offered[name])
+            with self._reading:
+                made = load(self.offered[name])
             with self._changing:
                 self._held[key] = made, _weight_bytes(made)
                 while len(self._held) > 1 and self._bytes() > self.limit_bytes:

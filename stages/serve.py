@@ -14,6 +14,7 @@ import hmac
 import json
 import math
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -119,6 +120,8 @@ def _finite(value: Any) -> Any:
 
 def main() -> None:
     worker.die_with_parent()
+    # a Ctrl-C of the terminal is the parent's to act on
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     asked = json.loads(sys.stdin.readline())
     hf_logging.disable_progress_bar()
     server = Server(from_rows(asked["models"]), asked["token"])

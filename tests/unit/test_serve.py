@@ -218,6 +218,14 @@ def test_what_was_not_used_for_long_is_let_go_when_there_is_no_room(offered):
     assert len(roomy.names()) == 2
 
 
+def test_models_that_are_asked_for_at_the_same_time_are_all_there(offered):
+    for _ in range(5):
+        models = Models(offered)
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            found = list(pool.map(lambda name: models.model(name), 2 * ["pretrain", "sft", "ppo"]))
+        assert found[:3] == found[3:]
+
+
 # ---- what PPO sees -------------------------------------------------------------------------
 
 
