@@ -222,7 +222,7 @@ def test_models_that_are_asked_for_at_the_same_time_are_all_there(offered):
     for _ in range(5):
         models = Models(offered)
         with concurrent.futures.ThreadPoolExecutor(6) as pool:
-            found = list(pool.map(lambda name: models.model(name), 2 * ["pretrain", "sft", "ppo"]))
+            found = list(pool.map(models.model, 2 * ["pretrain", "sft", "ppo"]))
         assert found[:3] == found[3:]
 
 
