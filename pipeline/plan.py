@@ -44,7 +44,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "evaluate",
             "stages.evaluate",
-            3,
+            4,
             "evaluation",
             ("model", "pretrain", "sft", "sample", "reward", "evaluate"),
         ),
@@ -140,6 +140,7 @@ def _rounds(settings: Settings, steps: _Steps, before_sft: str | None, sft: str 
     add, base = steps.add, _base(settings)
     samples = first_samples = rankings = reward = None
     policy = sft
+    earlier: dict[str, str | None] = {}
     for round in range(1, settings.run.rounds + 1):
         if settings.sample.prompts:
             selecting: str | None = reward if settings.select.by != "random" else None
@@ -177,10 +178,11 @@ def _rounds(settings: Settings, steps: _Steps, before_sft: str | None, sft: str 
             round,
             {
                 "policy": policy,
+                **earlier,
                 "sft": sft,
                 "base": before_sft if before_sft != sft else None,
                 "rankings": rankings,
-                "reward_model": reward if settings.evaluate.best_of else None,
+                "reward_model": reward,
                 "prompts": None if judged_on else samples or rankings,
             },
             {
@@ -188,8 +190,18 @@ def _rounds(settings: Settings, steps: _Steps, before_sft: str | None, sft: str 
                 "base": base if (before_sft is None and sft) else None,
                 "prompts": judged_on,
                 "text": settings.evaluate.text or settings.pretrain.data or settings.sft.data,
+                **{
+                    role: getattr(settings.evaluate, role)
+                    for role in (
+                        "tasks",
+                        "refusal_prompts",
+                        "refusal_annotations",
+                        "toxicity_prompts",
+                    )
+                },
             },
         )
+        earlier[f"policy_{round}"] = policy
 
 
 def _policy_reads(

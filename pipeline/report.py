@@ -21,6 +21,7 @@ from markupsafe import Markup
 from pipeline import states, workspace
 from pipeline.files import write_atomic
 from pipeline.plan import STAGES
+from pipeline.report_behaviour import behaviour
 from pipeline.report_charts import score_histograms, training_charts
 from pipeline.report_data import (
     StepView,
@@ -29,6 +30,7 @@ from pipeline.report_data import (
     read_step,
     texts,
 )
+from pipeline.report_judges import TITLES, judge_tables
 from pipeline.report_notes import careful_notes
 from pipeline.report_plots import Row, finite, number, percent, win_bar
 from pipeline.report_tables import (
@@ -39,14 +41,10 @@ from pipeline.report_tables import (
     quality_rows,
     setting_rows,
 )
+from pipeline.report_tokens import token_views
 from pipeline.workspace import Run
 
 LONGEST_TEXT = 4000
-JUDGES = {
-    "rubric": "the demo\u2019s hidden rubric",
-    "reward_model": "a second reward model",
-    "people": "people",
-}
 # C0, C1, zero-width and direction overrides: they can hide or reorder what a reader sees
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
@@ -62,7 +60,7 @@ def write_report(run_dir: Path) -> Path:
     """
     run = workspace.open_run(run_dir)
     steps = [read_step(state) for state in states.inspect(run)]
-    page = _environment().get_template("report.html.j2").render(_view(run, steps))
+    page = environment().get_template("report.html.j2").render(_view(run, steps))
     # a broken character (lone surrogate) of a model's text must not cost the whole page
     text = page.encode("utf-8", errors="backslashreplace").decode("utf-8")
     target = run_dir / workspace.REPORT_FILE
@@ -81,6 +79,11 @@ def _view(run: Run, steps: list[StepView]) -> Row:
     last = judged[-1] if judged else None
     comparisons = (
         read_jsonl(last.work / "artifact" / "comparisons.jsonl") if last and last.work else []
+    )
+    shaded = (
+        token_views(read_jsonl(last.work / "artifact" / "tokens.jsonl"), visible)
+        if last and last.work
+        else {}
     )
     finished = [str(s.manifest["finished"]) for s in steps if s.manifest.get("finished")]
     return {
@@ -113,12 +116,14 @@ def _view(run: Run, steps: list[StepView]) -> Row:
         "reward_steps": [s for s in steps if s.stage == "reward" and s.manifest],
         "histograms": score_histograms(steps, comparisons),
         "samples": chosen_samples(comparisons),
+        "shaded": shaded,
         "qualities": quality_rows(last),
+        "behaviour": behaviour(last),
+        "judges": judge_tables(last),
         "costs": cost_rows(steps),
         "settings": setting_rows(run),
         "lineage": [lineage_row(step) for step in steps],
         "environments": environment_rows(steps),
-        "LONGEST_TEXT": LONGEST_TEXT,
     }
 
 
@@ -176,7 +181,7 @@ def verdict(evaluate: StepView | None, comparisons: list[Row], several: bool = F
     prompts = number(metrics.get("prompts") or len(comparisons) or None)
     where = f"Round {evaluate.round}: on" if several else "On"
     sentence = (
-        f"{where} {prompts or 'the'} held-out prompts, {JUDGES.get(judge, judge)}"
+        f"{where} {prompts or 'the'} held-out prompts, {TITLES.get(judge, judge)}"
         f" preferred the policy\u2019s response to the sft model\u2019s in {percent(rate)} of the cases"
     )
     if low is None or high is None:
@@ -258,8 +263,9 @@ def big(value: Any, unit: str = "") -> str | None:
     return f"{number(value / (power or 1))} {prefix}{unit}".strip()
 
 
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """How a page is made from a template of this folder."""
+    found = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -271,11 +277,12 @@ def _environment() -> jinja2.Environment:
     def sha256(text: str) -> str:
         return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
-    environment.filters |= {
+    found.globals["LONGEST_TEXT"] = LONGEST_TEXT
+    found.filters |= {
         "number": number,
         "percent": percent,
         "duration": duration,
         "big": big,
         "sha256": sha256,
     }
-    return environment
+    return found
