@@ -259,6 +259,39 @@ def _pass_on(module: str, arguments: list[str]) -> None:
     raise typer.Exit(launch.call(module, words or ["--help"]))
 
 
+# ---- playing -------------------------------------------------------------------------------
+
+Model = Annotated[
+    str, typer.Argument(metavar="RUN|MODEL", help="A run, a model folder, a GGUF file or a hub id.")
+]
+Port = Annotated[int, typer.Option(help="Port on 127.0.0.1 to listen on.")]
+
+
+@app.command()
+def chat(target: Model, port: Port = 7861) -> None:
+    """Talk to base, sft and the policies side by side, in a browser, until Ctrl-C.
+
+    Example:  prefline chat runs/demo
+    """
+    _play(target, "chat", port)
+
+
+@app.command()
+def inspect(target: Model, port: Port = 7861) -> None:
+    """Look inside a model: tokens, odds, attention, losses, in a browser, until Ctrl-C.
+
+    Example:  prefline inspect runs/demo
+    """
+    _play(target, "inspect", port)
+
+
+def _play(target: str, page: str, port: int) -> None:
+    from pipeline import launch
+
+    arguments = [target, "--page", page, "--port", str(port)]
+    raise typer.Exit(launch.call("labeling_ui.playground", arguments))
+
+
 # ---- looking -------------------------------------------------------------------------------
 
 

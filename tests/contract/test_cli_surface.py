@@ -24,6 +24,8 @@ SURFACE = {
     "rank": ["target", "--host", "--port"],
     "users": [],
     "labels": [],
+    "chat": ["target", "--port"],
+    "inspect": ["target", "--port"],
     "status": ["target", "--json"],
     "verify": ["target"],
     "lineage": ["target", "--label", "--json"],
