@@ -27,8 +27,8 @@ from transformers.utils import logging as hf_logging
 from pipeline import worker
 from pipeline.errors import ToolkitError
 from pipeline.inventory import Offered, from_rows
-from stages.questions import QUESTIONS, STREAMS
 from stages.loaded import Models
+from stages.questions import QUESTIONS, STREAMS
 
 _MAX_BODY_BYTES = 2**20
 _IDLE_SECONDS = 60
