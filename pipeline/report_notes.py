@@ -33,6 +33,7 @@ def careful_notes(
         notes += _behaviour(last["evaluate"].metrics)
     if "reward" in last:
         notes += _reward_model(last["reward"].metrics)
+    notes += [note for step in steps for note in forced_gate(step)]
     if "rank" in last:
         notes += _rankings(last["rank"].metrics, settings)
     notes += [
@@ -135,6 +136,16 @@ def _reward_model(metrics: Row) -> Iterator[str]:
     length = finite(metrics.get("length_correlation"))
     if length is not None and abs(length) > LENGTH_CORRELATION:
         yield f"The reward model\u2019s score follows length (correlation {number(length, 2)})."
+
+
+def forced_gate(step: StepView) -> Iterator[str]:
+    gate = mapping(mapping(step.manifest.get("derived")).get("gate"))
+    reasons = gate.get("reasons")
+    if gate.get("forced") is True and isinstance(reasons, list) and reasons:
+        yield (
+            f"{step.name} went on through a closed gate (reward.gate.force):"
+            f" {'; '.join(map(str, reasons))}."
+        )
 
 
 def _rankings(metrics: Row, settings: Settings) -> Iterator[str]:

@@ -94,7 +94,10 @@ def test_a_model_that_is_as_sure_as_it_is_right_is_calibrated() -> None:
         first_is_better = rng.random() < 1 / (1 + math.exp(-difference))
         items.append(judged(str(n), (1, 2) if first_is_better else (2, 1), [difference, 0.0]))
     assert calibration(items, 0)["ece"] < 0.03
-    twice = [judged(i.ranking.messages[0]["content"], i.ranking.ranks, [2 * i.scores[0], 0.0]) for i in items]
+    twice = [
+        judged(i.ranking.messages[0]["content"], i.ranking.ranks, [2 * i.scores[0], 0.0])
+        for i in items
+    ]
     found = calibration(twice, 0)
     assert found["ece"] > 0.06
     # overconfident: accuracy below confidence in the upper bins
