@@ -11,7 +11,6 @@ import os
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -29,6 +28,7 @@ from stages.over_optimisation import (
     find_peak,
     gold_at,
     interval,
+    mean,
     powers_of_two,
 )
 from stages.prompts import PromptIds
@@ -46,10 +46,6 @@ def validation_row(rollout: Rollout) -> Row:
         "gold": rollout.parts_B["gold"].tolist(),
         "kl": kl.k1_BR.sum(-1).tolist(),
     }
-
-
-def mean(values_N: list[float]) -> float:
-    return float(np.mean(values_N, dtype=np.float64))
 
 
 # ---- the baseline ----------------------------------------------------------------------------

@@ -74,7 +74,6 @@ from stages.frontier import (
     baseline_cost,
     best_of_n_baseline,
     describe,
-    mean,
     validation_row,
 )
 from stages.models import (
@@ -83,7 +82,7 @@ from stages.models import (
     positions,
     save_model,
 )
-from stages.over_optimisation import smoothed
+from stages.over_optimisation import mean, smoothed
 from stages.ppo_models import load_models
 from stages.prompts import PromptIds, encode_prompts, load_prompts, longest_prompt, of_split
 from stages.ptx import PtxRows

@@ -85,7 +85,7 @@ class PpoSettings(RewardedSettings):
     """With gold: rule: its entry-point name (group prefline.rewards)."""
     keep: Literal["best_reward", "best_gold"] = "best_reward"
     """The published policy. best_reward: of the highest validation score, penalties included, minus the KL
-    penalty; best_gold: of the highest gold (mean with the validation before and after), where it stops rising."""
+    penalty; best_gold: of the highest gold (smoothed over neighbouring validations), where it stops rising."""
     best_of: int = unhashed(16, ge=0)
     """With gold: responses of the reference to each validation prompt, of which the best of 1, 2, 4, ... by
     the score is the baseline that PPO must beat; 0 is off."""

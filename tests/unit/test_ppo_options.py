@@ -192,7 +192,7 @@ def test_gold_decides_what_is_kept_where_it_is_asked_to(inputs: Inputs, tmp_path
     rows = rows_of(tmp_path / "best_gold")
     assert rows == rows_of(tmp_path / "best_reward")
     gold = [row["validation_gold"] for row in rows]
-    windows = [gold[max(0, i - 1) : i + 2] for i in range(len(gold))]
+    windows = [[*gold[max(0, i - 1) : i + 2], gold[i]] for i in range(len(gold))]
     values = [sum(window) / len(window) for window in windows]
     assert kept["best_gold"]["best_update"] == values.index(max(values))
     assert kept["best_gold"]["gold_peak_update"] == kept["best_gold"]["best_update"]
