@@ -58,7 +58,7 @@ def train_on_heldout(
     rows = [Ranking.from_row(row) for row in read_jsonl(rankings.path / "rankings.jsonl")]
     torch.manual_seed(seed)
     model: nn.Module = new_reward_model(start_from, settings.reward.dropout)
-    max_length = longest_row(settings.reward, model)  # type: ignore[arg-type]
+    max_length = longest_row(settings.reward, model)
     weights = annotator_weights(rankings.path, settings.reward)
     heldout = [row for row in rows if row.split == "heldout"]
     own, tally = encode_to_train_on(heldout, tokenizer, max_length, settings.reward, weights)
@@ -70,7 +70,7 @@ def train_on_heldout(
     train = [row for row in rows if row.split == "train"]
     unseen, _ = encode_rankings(train, tokenizer, max_length)
     out.say(f"{purpose}: training a second reward model on {len(own)} held-out rankings")
-    model = add_lora(model, settings.reward.lora, "reward").to(accelerator.device)  # type: ignore[arg-type]
+    model = add_lora(model, settings.reward.lora, "reward").to(accelerator.device)
     pad_id = tokenizer.pad_token_id
     groups = [ranking.group for ranking in own + unseen]
     share_prefix = decide_sharing(settings.reward.share_prefix, model, groups, pad_id, out)
@@ -86,7 +86,7 @@ def train_on_heldout(
         share_prefix=share_prefix,
         evaluate=lambda _: {},
     )
-    merged = merge_lora(model).eval()  # type: ignore[arg-type]
+    merged = merge_lora(model).eval()
     mean, std = _normalisation(merged, own + unseen, pad_id, share_prefix)
     accuracy = None
     if unseen:

@@ -57,7 +57,7 @@ def find_peak(
     """
     gold, proxy = np.array(gold_SN, dtype=np.float64), np.array(proxy_SN, dtype=np.float64)
     S, N = gold.shape
-    window_SS = np.array([smoothed(row) for row in np.eye(S)]).T
+    window_SS = np.array([smoothed(row) for row in np.eye(S).tolist()]).T
     at = int(np.argmax(smoothed([mean(row) for row in gold_SN])))
     rng = np.random.default_rng(seed)
     counts_DN = rng.multinomial(N, np.full(N, 1 / N), size=_DRAWS)

@@ -62,14 +62,14 @@ def test_gold_that_still_rises_has_its_peak_at_the_end_and_nothing_fell() -> Non
 def test_noise_is_no_fall() -> None:
     """Of gold that stands still the highest is above the last by chance: some 5 of 100 are believed."""
     believed = 0
-    for seed in range(100):
+    for seed in range(50):
         rng = np.random.default_rng(seed)
         gold = rng.normal(0, 1, (10, 60)).tolist()
         proxy = same_for_all(list(range(10)))
         found = find_peak(range(10), gold, proxy, seed)
         believed += found.fell
         assert found.update_low <= found.update <= found.update_high
-    assert believed <= 10
+    assert believed <= 6
 
 
 def test_each_half_of_the_prompts_measures_from_the_peak_of_the_other() -> None:
