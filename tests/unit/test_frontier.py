@@ -88,6 +88,7 @@ def frontier_of(work: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_gamed_rule_is_found_out_and_the_policy_of_the_peak_is_published(
     inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,6 +116,7 @@ def test_a_gamed_rule_is_found_out_and_the_policy_of_the_peak_is_published(
     assert not all(torch.equal(published[name], last[name]) for name in published)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_keeps_the_same_policy_and_draws_the_same_frontier(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
