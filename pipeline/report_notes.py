@@ -39,6 +39,8 @@ def careful_notes(
     notes += [
         note for name in ("ppo", "grpo", "rloo") if name in last for note in _kept(last[name])
     ]
+    if "ppo" in last:
+        notes += _over_optimised(last["ppo"].metrics, settings)
     notes += [note for step in steps for note in (*_overfit(step), *_dropped(step))]
     if "evaluate" in last:
         notes.append(
@@ -180,6 +182,21 @@ def _kept(step: StepView) -> Iterator[str]:
     ended = points(step.rows, "eos_rate")
     if ended and ended[-1][1] < 0.9:
         yield f"Only {percent(ended[-1][1])} of the last responses ended by themselves; the others were cut off."
+
+
+def _over_optimised(metrics: Row, settings: Settings) -> Iterator[str]:
+    ppo, peak = settings.ppo, number(metrics.get("gold_peak_update"))
+    if metrics.get("gold_fell") is True and ppo.keep != "best_gold":
+        yield (
+            f"PPO was optimised too far: gold was highest at update {peak} and fell while the score rose;"
+            " ppo.keep=best_gold publishes that policy."
+        )
+    learnt = ppo.gold == "reward_model" and not ppo.gold_model
+    if learnt and ppo.keep == "best_gold" and settings.evaluate.judge == "reward_model":
+        yield (
+            "The gold that chose the policy and the judge learned from the same held-out rankings:"
+            " the judge is kinder to this policy than people may be."
+        )
 
 
 def _overfit(step: StepView) -> Iterator[str]:

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from pipeline.job import Metrics, Out
 from pipeline.records import read_jsonl
 from pipeline.settings import Settings
+from pipeline.statistics import mean_with_interval
 from stages import ppo_math
 from stages.answering import best_of_n_kl
 from stages.common import gather_list, num_parameters, own_share, seed_for
@@ -27,7 +28,6 @@ from stages.over_optimisation import (
     expected_of_best,
     find_peak,
     gold_at,
-    interval,
     mean,
     powers_of_two,
 )
@@ -80,15 +80,15 @@ def best_of_n_baseline(
             [expected_of_best(row["score"], row[name], size) for row in rows]
             for name in ("score", "gold")
         )
-        low, high = interval(golds, seed)
+        gold = mean_with_interval(golds, seed)
         curve.append(
             {
                 "n": size,
                 "kl": best_of_n_kl(size),
                 "score": mean(scores),
-                "gold": mean(golds),
-                "gold_low": low,
-                "gold_high": high,
+                "gold": gold.value,
+                "gold_low": gold.low,
+                "gold_high": gold.high,
             }
         )
     tokens = sum(row["tokens"] for row in rows)
@@ -166,15 +166,15 @@ def describe(settings: Settings, baseline: Row | None, metrics: Metrics, out: Ou
     peak = find_peak(updates, gold_SN, score_SN, seed)
     curve = []
     for row in rows:
-        low, high = interval(row["gold"], seed)
+        gold = mean_with_interval(row["gold"], seed)
         curve.append(
             {
                 "update": row["step"],
                 "kl": mean(row["kl"]),
                 "score": mean(row["score"]),
                 "gold": mean(row["gold"]),
-                "gold_low": low,
-                "gold_high": high,
+                "gold_low": gold.low,
+                "gold_high": gold.high,
             }
         )
     kept = next(row for row in curve if row["update"] == metrics["best_update"])

@@ -88,14 +88,6 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def interval(values_N: Sequence[float], seed: int) -> tuple[float, float]:
-    """95 % percentile interval of a mean over prompts."""
-    values = np.array(values_N, dtype=np.float64)
-    picks = np.random.default_rng(seed).integers(0, len(values), size=(_DRAWS, len(values)))
-    low, high = np.percentile(values[picks].mean(1), [2.5, 97.5])
-    return float(low), float(high)
-
-
 def expected_of_best(by: Sequence[float], values: Sequence[float], n: int) -> float:
     """The mean of `values` over all ways to draw n of the responses and keep the one highest in `by`.
 

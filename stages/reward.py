@@ -16,7 +16,8 @@ better one wins; below 0.01 the heads are one) and disagreement_error_correlatio
 heads are apart they are wrong more often; 0.1 to 0.3 is usual). Of the diagnosis (`diagnosis.json` and
 `worst_mistakes.jsonl` in the step's folder): human_agreement (None where nobody ranked the same), ece (near 0;
 above 0.1 scores are no log odds), position_correlation (0), eos_effect (> 0.01: it sees the end token),
-eos_gain (> 0) and eos_preferred (> 0.5: finished beats unfinished).
+eos_gain and eos_preferred (> 0 and > 0.5: finished beats unfinished; else ppo.missing_eos_penalty has
+to outweigh it).
 """
 
 from __future__ import annotations

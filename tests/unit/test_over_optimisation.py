@@ -14,7 +14,6 @@ from stages.over_optimisation import (
     expected_of_best,
     find_peak,
     gold_at,
-    interval,
     powers_of_two,
     smoothed,
 )
@@ -100,14 +99,6 @@ def test_the_interval_of_the_peak_is_that_of_prompts_drawn_again() -> None:
         slow.append(int(np.argmax(smoothed(drawn.tolist()))))
     low, high = np.percentile(slow, [2.5, 97.5], method="nearest")
     assert (found.update_low, found.update_high) == (low, high)
-
-
-def test_the_interval_of_a_mean_is_about_two_standard_errors() -> None:
-    values = np.random.default_rng(0).normal(3, 2, 400).tolist()
-    low, high = interval(values, 0)
-    error = np.std(values) / 20
-    assert low == pytest.approx(np.mean(values) - 1.96 * error, abs=0.2 * error)
-    assert high == pytest.approx(np.mean(values) + 1.96 * error, abs=0.2 * error)
 
 
 # ---- best of n -------------------------------------------------------------------------------
