@@ -40,7 +40,8 @@ def careful_notes(
         note for name in ("ppo", "grpo", "rloo") if name in last for note in _kept(last[name])
     ]
     if "ppo" in last:
-        notes += _over_optimised(last["ppo"].metrics, settings)
+        judge = last["evaluate"].metrics.get("judge") if "evaluate" in last else None
+        notes += _over_optimised(last["ppo"].metrics, settings, judge)
     notes += [note for step in steps for note in (*_overfit(step), *_dropped(step))]
     if "evaluate" in last:
         notes.append(
@@ -184,7 +185,7 @@ def _kept(step: StepView) -> Iterator[str]:
         yield f"Only {percent(ended[-1][1])} of the last responses ended by themselves; the others were cut off."
 
 
-def _over_optimised(metrics: Row, settings: Settings) -> Iterator[str]:
+def _over_optimised(metrics: Row, settings: Settings, judge: object) -> Iterator[str]:
     ppo, peak = settings.ppo, number(metrics.get("gold_peak_update"))
     if metrics.get("gold_fell") is True and ppo.keep != "best_gold":
         yield (
@@ -192,7 +193,7 @@ def _over_optimised(metrics: Row, settings: Settings) -> Iterator[str]:
             " ppo.keep=best_gold publishes that policy."
         )
     learnt = ppo.gold == "reward_model" and not ppo.gold_model
-    if learnt and ppo.keep == "best_gold" and settings.evaluate.judge == "reward_model":
+    if learnt and ppo.keep == "best_gold" and judge == "reward_model":
         yield (
             "The gold that chose the policy and the judge learned from the same held-out rankings:"
             " the judge is kinder to this policy than people may be."

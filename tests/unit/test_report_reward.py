@@ -172,7 +172,9 @@ def test_the_notes_warn_of_a_run_that_went_too_far_and_of_a_judge_that_is_not_ap
         settings = Settings.model_validate({**tree, "ppo": {"gold": "reward_model", **ppo}})
         made = {"metrics": {"gold_fell": True, "gold_peak_update": 20}}
         view = StepView("ppo", "ppo", 1, "done", "done", None, made, [])
-        return " ".join(careful_notes(settings, [view], []))
+        judged = {"metrics": {"judge": "reward_model"}}
+        last = StepView("evaluate", "evaluate", 1, "done", "done", None, judged, [])
+        return " ".join(careful_notes(settings, [view, last], []))
 
     assert "gold was highest at update 20 and fell while the score rose" in notes()
     assert "same held-out rankings" not in notes()
