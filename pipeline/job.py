@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pipeline.records import canonical_json
 
@@ -79,6 +79,13 @@ class Job:
         return cls(**{**row, **paths, "inputs": inputs})
 
 
+class Tracker(Protocol):
+    """Takes the rows of metrics.jsonl to another program as well (stages/tracking.py)."""
+
+    def log(self, step: int, metrics: Metrics) -> None: ...
+    def finish(self) -> None: ...
+
+
 class Out:
     """Where a stage works, and how it tells the world what it does.
 
@@ -102,6 +109,7 @@ class Out:
         self.derived: dict[str, Any] = {}
         self.cost: dict[str, float] = {"tokens": 0, "flops": 0.0}
         self.resumed_from: int | None = None
+        self.tracker: Tracker | None = None
         self._last_beat = 0.0
         self._last_shown = 0.0
 
@@ -146,6 +154,8 @@ class Out:
             file.write(
                 canonical_json({"step": step, **metrics, "time": round(time.time(), 3)}) + "\n"
             )
+        if self.tracker:
+            self.tracker.log(step, metrics)
         # every row is in the file; people see one every few seconds, and every evaluation
         is_evaluation = any(key.startswith(_EVALUATION) for key in metrics)
         now = time.monotonic()

@@ -140,6 +140,7 @@ def _rounds(settings: Settings, steps: _Steps, before_sft: str | None, sft: str 
     add, base = steps.add, _base(settings)
     samples = first_samples = rankings = reward = None
     policy = sft
+    earlier: dict[str, str | None] = {}
     for round in range(1, settings.run.rounds + 1):
         if settings.sample.prompts:
             selecting: str | None = reward if settings.select.by != "random" else None
@@ -179,6 +180,7 @@ def _rounds(settings: Settings, steps: _Steps, before_sft: str | None, sft: str 
             round,
             {
                 "policy": policy,
+                **earlier,
                 "sft": sft,
                 "base": before_sft if before_sft != sft else None,
                 "rankings": rankings,
@@ -190,8 +192,18 @@ def _rounds(settings: Settings, steps: _Steps, before_sft: str | None, sft: str 
                 "base": base if (before_sft is None and sft) else None,
                 "prompts": judged_on,
                 "text": settings.evaluate.text or settings.pretrain.data or settings.sft.data,
+                **{
+                    role: getattr(settings.evaluate, role)
+                    for role in (
+                        "tasks",
+                        "refusal_prompts",
+                        "refusal_annotations",
+                        "toxicity_prompts",
+                    )
+                },
             },
         )
+        earlier[f"policy_{round}"] = policy
 
 
 def _policy_reads(

@@ -21,6 +21,7 @@ from markupsafe import Markup
 from pipeline import states, workspace
 from pipeline.files import write_atomic
 from pipeline.plan import STAGES
+from pipeline.report_behaviour import behaviour
 from pipeline.report_charts import score_histograms, training_charts
 from pipeline.report_data import (
     StepView,
@@ -30,6 +31,7 @@ from pipeline.report_data import (
     texts,
 )
 from pipeline.report_frontier import frontier_views
+from pipeline.report_judges import TITLES, judge_tables
 from pipeline.report_notes import careful_notes
 from pipeline.report_plots import Row, finite, number, percent, win_bar
 from pipeline.report_reward import reward_view
@@ -45,11 +47,6 @@ from pipeline.report_tokens import token_views
 from pipeline.workspace import Run
 
 LONGEST_TEXT = 4000
-JUDGES = {
-    "rubric": "the demo\u2019s hidden rubric",
-    "reward_model": "a second reward model",
-    "people": "people",
-}
 # C0, C1, zero-width and direction overrides: they can hide or reorder what a reader sees
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
@@ -125,6 +122,8 @@ def _view(run: Run, steps: list[StepView]) -> Row:
         "samples": chosen_samples(comparisons),
         "shaded": shaded,
         "qualities": quality_rows(last),
+        "behaviour": behaviour(last),
+        "judges": judge_tables(last),
         "costs": cost_rows(steps),
         "settings": setting_rows(run),
         "lineage": [lineage_row(step) for step in steps],
@@ -186,7 +185,7 @@ def verdict(evaluate: StepView | None, comparisons: list[Row], several: bool = F
     prompts = number(metrics.get("prompts") or len(comparisons) or None)
     where = f"Round {evaluate.round}: on" if several else "On"
     sentence = (
-        f"{where} {prompts or 'the'} held-out prompts, {JUDGES.get(judge, judge)}"
+        f"{where} {prompts or 'the'} held-out prompts, {TITLES.get(judge, judge)}"
         f" preferred the policy\u2019s response to the sft model\u2019s in {percent(rate)} of the cases"
     )
     if low is None or high is None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from pipeline.report_behaviour import alarms
 from pipeline.report_data import StepView, mapping
+from pipeline.report_judges import BASIS, judge_notes
 from pipeline.report_plots import Row, finite, number, percent, points
 from pipeline.settings import Settings
 
@@ -28,7 +30,9 @@ def careful_notes(
     notes = [*_unfinished(steps)]
     last = {step.stage: step for step in steps if step.manifest}
     if "evaluate" in last:
+        notes += alarms(last["evaluate"].metrics)
         notes += _win_rate(last["evaluate"].metrics, comparisons)
+        notes += judge_notes(last["evaluate"].metrics)
         notes += _best_of_n(last["evaluate"].metrics)
         notes += _behaviour(last["evaluate"].metrics)
     if "reward" in last:
@@ -68,9 +72,12 @@ def _win_rate(metrics: Row, comparisons: Sequence[Row]) -> Iterator[str]:
     if prompts is not None and prompts < FEW_PROMPTS:
         yield f"Only {number(prompts)} prompts were compared; raise evaluate.max_prompts for a narrower interval."
     if metrics.get("judge") == "reward_model":
-        accuracy = percent(metrics.get("judge_accuracy"))
+        agreed = percent(metrics.get("judge_reward_model_agreement"))
+        whom = BASIS.get(str(metrics.get("labels_by")), "the annotators")
         yield "The judge is a reward model, not people" + (
-            f"; it agrees with held-out rankings in {accuracy} of the pairs." if accuracy else "."
+            f"; on rankings that are new to it, it agrees with {whom} in {agreed} of the pairs."
+            if agreed
+            else "."
         )
     if rate is not None and comparisons and len(comparisons) == prompts:
         points_of = {"policy": 1.0, "tie": 0.5}

@@ -52,7 +52,7 @@ def answer(
         seeds = [seed_for(settings.run.seed, "evaluate", p.prompt.id) for p in share]
         return _rows(_sample(settings, model, tokenizer, share, seeds), tokenizer)
 
-    rows = _once(role, make, accelerator, out)
+    rows = once(role, make, accelerator, out)
     written = sum(len(row["tokens"]) for row in rows)
     read = sum(len(prompt.ids) for prompt in prompts)
     out.cost["tokens"] += written
@@ -105,7 +105,7 @@ def best_of_n(
             row["written"] = row["read"] - n * len(share[at].ids)
         return rows
 
-    rows = _once(role, make, accelerator, out)
+    rows = once(role, make, accelerator, out)
     out.cost["tokens"] += sum(row["written"] for row in rows)
     out.cost["flops"] += 2.0 * sizes * sum(row["read"] for row in rows)
     out.cost[f"{role}_seconds"] = round(math.fsum(row["seconds"] for row in rows), 3)
@@ -161,7 +161,7 @@ def _rows(generated: list[Generated], tokenizer: PreTrainedTokenizerBase) -> Row
     ]
 
 
-def _once(role: str, make: Callable[[], Rows], accelerator: Accelerator, out: Out) -> Rows:
+def once(role: str, make: Callable[[], Rows], accelerator: Accelerator, out: Out) -> Rows:
     """The rows of all ranks: made, or as an earlier start of this step left them on disk."""
     kept = out.checkpoints / f"{role}.jsonl"
     if kept.exists():

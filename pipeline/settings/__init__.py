@@ -85,16 +85,16 @@ class Settings(Strict):
                 " sample.prompts: demo:prompts; use rank.by: people, or import rankings (rank.data)"
             )
         judged = self.evaluate.prompts or self.sample.prompts or ("",)
-        if self.evaluate.judge == "rubric" and not all(s.startswith("demo:") for s in judged):
+        if "rubric" in self.evaluate.judges and not all(s.startswith("demo:") for s in judged):
             raise ValueError(
-                "evaluate.judge: rubric knows the demo world's prompts only; use"
-                " evaluate.judge: reward_model"
+                "evaluate.judges: rubric knows the demo world's prompts only; use"
+                " evaluate.judges: reward_model"
             )
         if self.is_rewarded_otherwise:
-            if self.evaluate.judge != "rule":
+            if "reward_model" in self.evaluate.judges:
                 raise ValueError(
-                    "without rankings (sample.prompts or rank.data) nobody has told a judge what is good:"
-                    " set evaluate.judge: rule and evaluate.rule"
+                    "without rankings (sample.prompts or rank.data) no reward model can be trained to"
+                    " judge: set evaluate.judges: rule and evaluate.rule, or endpoint, or people"
                 )
             if self.evaluate.best_of:
                 raise ValueError("evaluate.best_of needs the reward step, and so rankings")

@@ -20,7 +20,7 @@ SURFACE = {
     "kto": ["target", "overrides"],
     "grpo": ["target", "overrides"],
     "rloo": ["target", "overrides"],
-    "evaluate": ["target", "overrides"],
+    "evaluate": ["target", "overrides", "--lm-eval"],
     "rank": ["target", "--host", "--port"],
     "users": [],
     "labels": [],
@@ -29,6 +29,7 @@ SURFACE = {
     "lineage": ["target", "--label", "--json"],
     "config": ["target", "overrides", "--fields"],
     "report": ["targets", "--to"],
+    "export": ["target", "--to", "--what", "--adapter", "--licence", "--public", "--force"],
     "doctor": [],
 }
 

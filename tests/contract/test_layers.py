@@ -25,7 +25,13 @@ HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "grad
 # only inside the modules that read data, plan or report
 NUMERIC = {"pyarrow", "numpy", "scipy", "matplotlib", "jinja2", "markupsafe"}
 CORE = {"pydantic", "pydantic_core", "yaml", "typer", "filelock", "pipeline"}
-SHARED = ("pipeline/records", "pipeline/scaling", "pipeline/report", "pipeline/statistics")
+SHARED = (
+    "pipeline/records",
+    "pipeline/scaling",
+    "pipeline/report",
+    "pipeline/statistics",
+    "pipeline/cards",
+)
 
 
 def imports(tree):
