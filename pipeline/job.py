@@ -6,6 +6,7 @@ The parent writes a job as JSON; the child (see `worker.py`) calls the stage's
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -115,8 +116,29 @@ class Out:
         self.steps_per_row = 1
         self._last_beat = -math.inf
         self._last_shown = 0.0
-        self._metrics = job.work / "metrics.jsonl"
-        self._samples = job.work / "samples.jsonl"
+
+    @property
+    def _metrics(self) -> Path:
+        return self.work / "metrics.jsonl"
+
+    @property
+    def _samples(self) -> Path:
+        return self.work / "samples.jsonl"
+
+    @property
+    def validations(self) -> Path:
+        """What each prompt of each validation got: see `validation`."""
+        return self.work / "validations.jsonl"
+
+    def below(self, name: str) -> Out:
+        """A part of the work with rows, checkpoints, costs and derived values of its own, in a folder
+        of its own."""
+        part = copy.copy(self)
+        part.work = self.work / name
+        part.checkpoints = part.work / "checkpoints"
+        part.checkpoints.mkdir(parents=True, exist_ok=True)
+        part.derived, part.cost = {}, {"tokens": 0, "flops": 0.0}
+        return part
 
     def spend(self, what: str, seconds: float) -> None:
         """Add to what the step spent on something beside its work: `checkpoint_seconds` in its cost."""
@@ -159,14 +181,21 @@ class Out:
 
     def sample(self, step: int, **row: Any) -> None:
         """One text that the model wrote, with its prompt, as a row of samples.jsonl."""
+        self._append(self._samples, step, row)
+
+    def validation(self, step: int, **row: list[float]) -> None:
+        """What each prompt of a validation got, as a row of validations.jsonl."""
+        self._append(self.validations, step, row)
+
+    def _append(self, path: Path, step: int, row: dict[str, Any]) -> None:
         if self.rank != 0:
             return
-        with self._samples.open("a", encoding="utf-8") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write(canonical_json({"step": step, **row}) + "\n")
 
     def rewind(self, step: int | None) -> None:
         """Forget the metric rows and sample texts after `step` (None: all): that work is done again."""
-        for path in (self._metrics, self._samples):
+        for path in (self._metrics, self._samples, self.validations):
             if self.rank != 0 or not path.exists():
                 continue
             # behind the last line end stands nothing, or what a kill left of a row, perhaps half a

@@ -26,6 +26,7 @@ from stages.generation import Generated
 from stages.prompts import PromptIds
 from stages.rewards import RewardModel, Rewards
 from stages.rollout import Sequences, all_logprobs, make_sequences, mean_repetition
+from stages.rules import Rule
 from stages.sharding import whole
 from stages.stops import distinct_responses
 
@@ -38,8 +39,15 @@ class Models:
     engine: Engine
     reference: PreTrainedModel | None
     rewards: Rewards
-    gold: RewardModel | None
+    gold: RewardModel | Rule | None
     tokenizer: PreTrainedTokenizerBase
+
+    def watched(self) -> Rewards:
+        """What rewards, and gold at weight 0."""
+        models, rules = self.rewards.models, self.rewards.rules
+        if isinstance(self.gold, RewardModel):
+            return Rewards([*models, self.gold], rules)
+        return Rewards(models, {**rules, "gold": (self.gold, 0.0)}) if self.gold else self.rewards
 
 
 class Rollout(NamedTuple):
@@ -157,9 +165,7 @@ def _score(
         if all(g.values for g in generated)
         else batch.as_lists(agent.values(batch, ppo.rows_per_rank))
     )
-    rewards = models.rewards
-    if with_gold and models.gold:
-        rewards = Rewards([*rewards.models, models.gold], rewards.rules)
+    rewards = models.watched() if with_gold else models.rewards
     messages = [list(prompt.prompt.messages) for prompt in prompts]
     scores_B, parts_B = rewards.score(
         ids, messages, responses, tokenizer, device, ppo, ppo.rows_per_rank

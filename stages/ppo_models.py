@@ -26,6 +26,7 @@ from stages.critics import (
 )
 from stages.engines import Sampling, make_engine
 from stages.experience import Models
+from stages.gold import load_gold
 from stages.models import (
     add_adapter,
     add_lora,
@@ -35,7 +36,7 @@ from stages.models import (
     load_reward_model,
     load_tokenizer,
 )
-from stages.rewards import RewardModel, load_given, load_learned, load_rewards
+from stages.rewards import RewardModel, load_learned, load_rewards
 from stages.sharding import exchange, is_sharded, place
 
 
@@ -74,12 +75,9 @@ def load_models(settings: Settings, inputs: Inputs, accelerator: Accelerator, ou
     agent.passes = [exchange(part, accelerator) for part in agent.passes]
     contract = contract_of(tokenizer, policy)
     rewards = load_rewards(ppo, own, inputs, contract, ppo.max_response_tokens, out, device)
-    gold = None
-    if "gold" in inputs:
-        path = inputs["gold"].sources[0]
-        gold = load_given("gold", path, 0.0, contract, ppo.max_response_tokens, out).to(device)
+    gold = load_gold(settings, inputs, contract, accelerator, out)
     if is_sharded(accelerator):
-        for source in [*rewards.models, *([gold] if gold else [])]:
+        for source in [*rewards.models, *([gold] if isinstance(gold, RewardModel) else [])]:
             source.place(accelerator)
     sampling = Sampling.of(ppo, tokenizer)
     folder = out.checkpoints / "weights"
