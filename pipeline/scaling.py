@@ -42,6 +42,12 @@ class ModelSize:
     def trainable(self) -> int:
         return self.adapters or self.parameters
 
+    @property
+    def scorer(self) -> int:
+        """Parameters of the same model with a scalar head (without a bias) instead of its output head."""
+        tied = self.multiplying > self.non_embedding
+        return self.parameters + self.hidden - (0 if tied else self.vocabulary * self.hidden)
+
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> ModelSize:
         return cls(**{field.name: int(row[field.name]) for field in fields(cls)})
@@ -102,7 +108,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self))
+        return float(sum(getattr(self, field.name) for field in fields(self)))
 
     def to_row(self) -> dict[str, float]:
         rows = {field.name: round(getattr(self, field.name)) for field in fields(self)}

@@ -29,6 +29,7 @@ SURFACE = {
     "lineage": ["target", "--label", "--json"],
     "config": ["target", "overrides", "--fields"],
     "report": ["targets", "--to"],
+    "plan": ["targets", "--fit", "--flops", "--hours", "--json"],
     "doctor": [],
 }
 
