@@ -39,6 +39,7 @@ from pipeline.report_tables import (
     quality_rows,
     setting_rows,
 )
+from pipeline.report_tokens import token_views
 from pipeline.workspace import Run
 
 LONGEST_TEXT = 4000
@@ -82,6 +83,11 @@ def _view(run: Run, steps: list[StepView]) -> Row:
     comparisons = (
         read_jsonl(last.work / "artifact" / "comparisons.jsonl") if last and last.work else []
     )
+    shaded = (
+        token_views(read_jsonl(last.work / "artifact" / "tokens.jsonl"), visible)
+        if last and last.work
+        else {}
+    )
     finished = [str(s.manifest["finished"]) for s in steps if s.manifest.get("finished")]
     return {
         "name": settings.run.name,
@@ -113,6 +119,7 @@ def _view(run: Run, steps: list[StepView]) -> Row:
         "reward_steps": [s for s in steps if s.stage == "reward" and s.manifest],
         "histograms": score_histograms(steps, comparisons),
         "samples": chosen_samples(comparisons),
+        "shaded": shaded,
         "qualities": quality_rows(last),
         "costs": cost_rows(steps),
         "settings": setting_rows(run),

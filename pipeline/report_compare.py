@@ -12,9 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from markupsafe import Markup
-from scipy import stats
 
 from pipeline import report, states, workspace
 from pipeline.config import field_paths
@@ -27,11 +25,11 @@ from pipeline.report_notes import careful_notes
 from pipeline.report_plots import Row, Series, chart, finite, interval_bar, points, smooth
 from pipeline.report_tables import setting_rows
 from pipeline.settings import Settings
+from pipeline.statistics import mean_with_interval, over_seeds
 from pipeline.workspace import Run
 
 FILE = "comparison.html"
 SAMPLES = 6
-DRAWS = 2000
 # not hashed, because they say which steps there are; the seed is hashed with every stage
 _SHAPE = ("run.policy", "run.rounds", "run.seed")
 # judges whose score of a text does not depend on the run
@@ -66,16 +64,6 @@ class RunView:
     @property
     def colour(self) -> str:
         return _COLOURS[self.group % len(_COLOURS)]
-
-
-@dataclass(frozen=True)
-class Spread:
-    """The mean of one figure over the seeds of a group, with the 95 % interval of Student's t."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    count: int
 
 
 def write_comparison(run_dirs: Sequence[Path], target: Path) -> Path:
@@ -129,15 +117,6 @@ def _values(run: Run) -> Row:
     return {key: plain[key] for key in plain if key in used or key in _SHAPE}
 
 
-def spread(values: Sequence[float]) -> Spread:
-    """Mean and 95 % interval of the mean over runs: Student's t with n - 1 degrees of freedom."""
-    mean, count = float(np.mean(values)), len(values)
-    if count < 2:
-        return Spread(mean, None, None, count)
-    half = float(stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / np.sqrt(count))
-    return Spread(mean, mean - half, mean + half, count)
-
-
 # ---- the policies against each other --------------------------------------------------------
 
 
@@ -152,24 +131,15 @@ def duel(ours: RunView, theirs: RunView) -> Row | None:
         return None
     other = {row.get("prompt"): finite(row.get("score_policy")) for row in theirs.comparisons}
     pairs = [
-        (own, other[row.get("prompt")])
+        (own, score)
         for row in ours.comparisons
         if (own := finite(row.get("score_policy"))) is not None
-        and other.get(row.get("prompt")) is not None
+        and (score := other.get(row.get("prompt"))) is not None
     ]
     if not pairs:
         return None
-    first, second = np.array(pairs, dtype=float).T
-    outcomes = (first > second) + 0.5 * (first == second)
-    picks = np.random.default_rng(0).integers(0, len(pairs), size=(DRAWS, len(pairs)))
-    low, high = np.percentile(outcomes[picks].mean(1), [2.5, 97.5])
-    return {
-        "rate": float(outcomes.mean()),
-        "low": float(low),
-        "high": float(high),
-        "prompts": len(pairs),
-        "shown": low > 0.5 or high < 0.5,
-    }
+    wins = mean_with_interval([(a > b) + 0.5 * (a == b) for a, b in pairs], seed=0)
+    return {**wins._asdict(), "shown": wins.low > 0.5 or wins.high < 0.5}
 
 
 # ---- the page -------------------------------------------------------------------------------
@@ -221,15 +191,13 @@ def _groups(views: Sequence[RunView]) -> Iterator[Row]:
         members = [view for view in views if view.group == number]
         rates = [r for v in members if (r := finite(v.metrics.get("win_rate_vs_sft"))) is not None]
         kls = [k for v in members if (k := finite(v.metrics.get("kl_nats"))) is not None]
-        if len(rates) < 2:
-            continue
-        wins = spread(rates)
-        yield {
-            "names": [view.name for view in members],
-            "wins": wins,
-            "bar": interval_bar(wins.mean, wins.low, wins.high, members[0].colour),
-            "kl": spread(kls) if kls else None,
-        }
+        if wins := over_seeds(rates):
+            yield {
+                "names": [view.name for view in members],
+                "wins": wins,
+                "bar": interval_bar(wins.value, wins.low, wins.high, members[0].colour),
+                "kl": over_seeds(kls),
+            }
 
 
 def _charts(views: Sequence[RunView]) -> Iterator[Markup | None]:
