@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from pipeline.files import read_json, write_atomic
 from pipeline.manifest import Manifest
 from pipeline.plan import Step, plan
 from pipeline.settings import Settings
-from pipeline.states import StepState
 from pipeline.workspace import Run
 
 FILE = "plan.json"
@@ -212,9 +211,8 @@ def optimum_rows(found: Row, flops: float) -> list[Row]:
 # ---- against what it took ------------------------------------------------------------------
 
 
-def compare(found: Row, states: Sequence[StepState], run: Run | None = None) -> list[Row]:
+def compare(found: Row, made: Mapping[str, Manifest], run: Run | None = None) -> list[Row]:
     """Predicted and actual seconds and memory of each finished step, and of all together."""
-    made = {s.step.name: s.manifest for s in states if s.manifest and s.word == "done"}
     rows = []
     for step in found["steps"]:
         manifest = made.get(step["step"])
@@ -262,7 +260,7 @@ def _with_errors(row: Row, found: Row) -> Row:
     return row
 
 
-def overhead_seconds(run: Run, made: dict[str, Manifest]) -> float | None:
+def overhead_seconds(run: Run, made: Mapping[str, Manifest]) -> float | None:
     """What started and finished steps took beside their own work: processes, imports, publishing."""
     began: dict[str, datetime] = {}
     total, found = 0.0, False

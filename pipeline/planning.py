@@ -35,7 +35,8 @@ def plan_target(
         run = workspace.open_run(target)
         if not overrides:
             planner.save(run, found)
-        rows = planner.compare(found, runner.inspect(run), run)
+        done = (s for s in runner.inspect(run) if s.word == "done")
+        rows = planner.compare(found, {s.step.name: s.manifest for s in done if s.manifest}, run)
         found["comparison"] = rows
         if rows:
             shown += ["", *planner_tables.comparison_lines(rows)]

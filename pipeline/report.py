@@ -22,6 +22,7 @@ from pipeline import states, workspace
 from pipeline.files import write_atomic
 from pipeline.plan import STAGES
 from pipeline.report_charts import score_histograms, training_charts
+from pipeline.report_costs import cost_rows, plan_rows
 from pipeline.report_data import (
     StepView,
     chosen_samples,
@@ -33,7 +34,6 @@ from pipeline.report_notes import careful_notes
 from pipeline.report_plots import Row, finite, number, percent, win_bar
 from pipeline.report_tables import (
     annotator_rows,
-    cost_rows,
     environment_rows,
     lineage_row,
     quality_rows,
@@ -121,7 +121,8 @@ def _view(run: Run, steps: list[StepView]) -> Row:
         "samples": chosen_samples(comparisons),
         "shaded": shaded,
         "qualities": quality_rows(last),
-        "costs": cost_rows(steps),
+        "costs": cost_rows(steps, settings.cost),
+        "planned": plan_rows(run, steps),
         "settings": setting_rows(run),
         "lineage": [lineage_row(step) for step in steps],
         "environments": environment_rows(steps),
