@@ -185,11 +185,16 @@ class Bench:
         return scaling.frozen_memory(self.size, self.processes, self.sharded)
 
     def kept(
-        self, rows: int, tokens: int, lora: LoraSettings, logits: float | None = None
+        self,
+        rows: int,
+        tokens: int,
+        lora: LoraSettings,
+        logits: float | None = None,
+        attention_mask: bool = False,
     ) -> Memory:
         """Activations of a micro-batch. logits: for how many tokens, None for all of it."""
         share = 1.0 if logits is None else min(1.0, logits / (rows * tokens))
-        keys: dict[str, Any] = {"bf16": self.bf16, "lora": lora}
+        keys: dict[str, Any] = {"bf16": self.bf16, "lora": lora, "attention_mask": attention_mask}
         below = kept_for_backward(
             self.full, rows, tokens, **keys, logits=self.masked, masked=self.masked
         )

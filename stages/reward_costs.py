@@ -67,7 +67,7 @@ def reward(bench: Bench, rankings: int) -> StageCost:
     rows = bench.micro_batch(longest, own.prompts_per_step * round_up(K))
 
     def memory() -> Memory:
-        kept = bench.kept(rows, longest, own.lora, logits=0)
+        kept = bench.kept(rows, longest, own.lora, logits=0, attention_mask=share)
         return scaling.together(bench.trained(own.lora), kept)
 
     flops = scaling.train_flops(size, tokens, row / 2)

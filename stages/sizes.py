@@ -61,12 +61,14 @@ def kept_for_backward(
     lora: LoraSettings | None = None,
     logits: bool = True,
     masked: bool = False,
+    attention_mask: bool = False,
 ) -> float:
     """Bytes that forward keeps for backward, for `rows` rows of `tokens` tokens.
 
     Every tensor that autograd saves is counted once, by its storage, weights excepted: attention, softmax
     and loss as this version of torch really does them. logits: of every token, with their loss; without
-    them what comes below the output head.
+    them what comes below the output head. attention_mask: whether attention is given one, as where
+    documents of a row are kept apart; causal attention alone needs none.
     """
     # this import takes a hundred megabytes, which no stage does: not before they have been measured
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -80,7 +82,9 @@ def kept_for_backward(
 
         def save(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage._cdata not in weights:
+            # on fake tensors transformers makes a mask where it would not on real ones
+            is_mask = tensor.shape[-2:] == (tokens, tokens) and tensor.grad_fn is None
+            if storage._cdata not in weights and (attention_mask or not is_mask):
                 # held on to, so that none takes the place of another
                 storages[storage._cdata] = (storage.nbytes(), storage)
             return tensor

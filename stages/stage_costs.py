@@ -96,7 +96,9 @@ def pretrain(bench: Bench, decode: DecodeCost | None) -> StageCost:
     size = bench.size
 
     def memory() -> Memory:
-        kept = bench.kept(rows_each, own.sequence_length, NO_LORA)
+        kept = bench.kept(
+            rows_each, own.sequence_length, NO_LORA, attention_mask=own.isolate_documents
+        )
         return scaling.together(bench.trained(NO_LORA), kept)
 
     notes = []

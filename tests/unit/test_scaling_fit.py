@@ -36,7 +36,7 @@ def test_a_law_without_noise_is_recovered():
 def test_intervals_hold_the_truth_of_a_noisy_sweep_and_widen_beyond_it():
     law = Law(E=0.4, A=60.0, B=900.0, alpha=0.45, beta=0.55)
     sizes, lengths = np.geomspace(3e4, 1e6, 4), np.geomspace(5e4, 2e6, 4)
-    fitted = scaling_fit.fit(sweep(law, sizes, lengths, noise=0.005, seed=1), bootstraps=20)
+    fitted = scaling_fit.fit(sweep(law, sizes, lengths, noise=0.005, seed=1), bootstraps=12)
     inside = fitted.predict(3e5, 5e5)
     beyond = fitted.predict(1e7, 2e7)
     truth = law.loss(1e7, 2e7)
@@ -73,7 +73,7 @@ def test_one_run_that_went_wrong_does_not_bend_the_law():
 def test_the_picture_and_the_lines_say_what_was_fitted(tmp_path):
     law = Law(E=0.4, A=60.0, B=900.0, alpha=0.45, beta=0.55)
     points = sweep(law, (3e4, 1e5, 4e5), (1e5, 3e5, 1e6), noise=0.003)
-    fitted = scaling_fit.fit(points, bootstraps=10)
+    fitted = scaling_fit.fit(points, bootstraps=4)
     text = "\n".join(scaling_fit.lines(fitted, None))
     assert "from 9 runs" in text
     assert "tokens a parameter" in text
