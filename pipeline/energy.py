@@ -6,6 +6,7 @@ RAPL and NVML count the whole machine, whoever used it.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -109,7 +110,8 @@ def _nvml_joules() -> Callable[[], float] | None:
 
 def _codecarbon() -> Any:
     try:
-        import codecarbon  # type: ignore[import-not-found, import-untyped, unused-ignore]
+        # by name: an extra that few have installed, and no part of the core
+        codecarbon = importlib.import_module("codecarbon")
     except ImportError:
         raise ConfigError(
             "cost.energy: codecarbon is not installed",
