@@ -225,16 +225,28 @@ def lines(fitted: Fitted, flops: float | None) -> list[str]:
 
 def optimum_line(fitted: Fitted, flops: float) -> str:
     """The best use of a budget by the fitted law."""
-    if min(fitted.law.alpha, fitted.law.beta) < 1e-3:
+    ratio = _ratio(fitted.law, flops)
+    if ratio is None:
         return "no best size follows: the loss does not fall with parameters, or not with tokens"
+    ratios = [found for law in fitted.draws if (found := _ratio(law, flops)) is not None]
     n, d = fitted.law.optimum(flops)
-    good = [law for law in fitted.draws if min(law.alpha, law.beta) > 1e-3]
-    ratios = [D / N for N, D in (law.optimum(flops) for law in good)]
-    low, high = np.percentile(ratios, _LEVEL) if ratios else (np.nan, np.nan)
+    known = "not known"
+    if len(ratios) > 0.95 * len(fitted.draws):
+        low, high = np.percentile(ratios, _LEVEL)
+        known = f"{low:.2g} to {high:.2g}"
     return (
         f"best use of {big(flops)}FLOP by this law: {big(n).strip()} parameters, {big(d).strip()} tokens:"
-        f" {d / n:.3g} tokens a parameter ({low:.2g} to {high:.2g})"
+        f" {ratio:.3g} tokens a parameter (95 % interval: {known})"
     )
+
+
+def _ratio(law: Law, flops: float) -> float | None:
+    """Tokens a parameter at the best use of a budget; None where a law has none."""
+    try:
+        n, d = law.optimum(flops)
+        return d / n
+    except (ZeroDivisionError, OverflowError):
+        return None
 
 
 def _doubts(fitted: Fitted) -> list[str]:

@@ -82,3 +82,14 @@ def test_the_picture_and_the_lines_say_what_was_fitted(tmp_path):
     first = (tmp_path / "one.svg").read_text()
     assert "training tokens" in first or "<svg" in first
     assert fitted.to_row()["law"]["E"] == fitted.law.E
+
+
+def test_a_law_that_knows_no_best_size_says_so():
+    points = [Point(f"{d}", n, d, 1.0) for n in (1e4, 1e5) for d in (1e5, 1e6)]
+    flat = Law(E=1.0, A=0.0, B=0.0, alpha=0.0, beta=0.0)
+    known = Law(E=0.4, A=60.0, B=900.0, alpha=0.45, beta=0.55)
+    assert "no best size" in scaling_fit.optimum_line(
+        scaling_fit.Fitted(points, flat, [flat], 0), 1e12
+    )
+    half = scaling_fit.Fitted(points, known, [flat, known], 0.01)
+    assert "not known" in scaling_fit.optimum_line(half, 1e12)
