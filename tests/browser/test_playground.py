@@ -176,6 +176,12 @@ def test_a_comparison_is_saved_once_as_a_task_for_people(page, server):
     go(page, "/chat/")
     page.click("#save")
     page.until(lambda: "nothing to save" in page.find("#told").text)
+    # the tiny models read 64 tokens: two turns must fit
+    page.find("#sampling button").click()
+    page.until(lambda: page.seen("#longest input[type=number]"))
+    box = page.find("#longest input[type=number]")
+    box.send_keys(Keys.CONTROL, "a")
+    box.send_keys("8", Keys.TAB)
     answers = send(page, "Say green 3")
     page.click("#save")
     page.until(lambda: "Saved" in page.find("#told").text)
