@@ -289,5 +289,11 @@ def test_a_reward_model_needs_rankings_or_a_folder() -> None:
 
 
 def test_a_run_of_before_says_keep_best_by() -> None:
-    tree = {"model": {"base": "b"}, "ppo": {"gold": None, "keep_best_by": "reward"}}
+    tree: dict[str, dict[str, Any]] = {
+        "model": {"base": "b"},
+        "ppo": {"gold": None, "keep_best_by": "reward"},
+    }
     assert Settings.model_validate(tree).ppo.keep == "best_reward"
+    # what is said now counts
+    tree["ppo"] |= {"gold": "reward_model", "gold_model": "x", "keep": "best_gold"}
+    assert Settings.model_validate(tree).ppo.keep == "best_gold"
