@@ -197,7 +197,10 @@ def run_job(job: Job, rank: int, world_size: int) -> None:
         {
             **job.manifest,
             "digest": "",
-            "derived": plain(out.derived, f"{job.step}: derived"),
+            "derived": {
+                **job.manifest.get("derived", {}),
+                **plain(out.derived, f"{job.step}: derived"),
+            },
             "contract": plain(out.contract, f"{job.step}: contract"),
             "metrics": plain(metrics, f"{job.step}: metric"),
             "cost": cost,
@@ -208,6 +211,7 @@ def run_job(job: Job, rank: int, world_size: int) -> None:
             "seconds": cost["seconds"],
         }
     )
+    out.keep_rows()
     artifacts.publish(job.work, draft)
     out.say(f"done in {cost['seconds']:.1f} s")
 

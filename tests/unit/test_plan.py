@@ -124,7 +124,7 @@ def test_with_rules_for_a_reward_nothing_is_ranked():
     # rankings make a reward model, whatever its weight
     ranked = steps(**tree, rank={"data": "rankings.jsonl"}, evaluate=judge)
     assert list(ranked) == ["sft", "rank", "reward", "ppo", "evaluate"]
-    with pytest.raises(ValueError, match=r"set evaluate\.judge: rule"):
+    with pytest.raises(ValueError, match=r"set evaluate\.judges: rule"):
         steps(**tree)
     with pytest.raises(ValueError, match="give both or neither"):
         steps(**tree, evaluate={"judge": "rule"})
