@@ -103,11 +103,11 @@ def test_a_new_version_of_the_demo_is_new_data(monkeypatch):
 def test_an_unchanged_file_is_hashed_once(tmp_path, monkeypatch):
     file = tmp_path / "a.txt"
     file.write_text("x")
-    cache = HashCache()
+    cache = HashCache(tmp_path / "hashes.json")
     before = sources.digest(str(file), cache)
     cache.save()
     monkeypatch.setattr("pipeline.files.sha256", lambda path: pytest.fail("read again"))
-    assert sources.digest(str(file), HashCache()) == before
+    assert sources.digest(str(file), HashCache(tmp_path / "hashes.json")) == before
 
 
 def test_every_setting_that_holds_sources_is_known():
