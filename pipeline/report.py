@@ -30,9 +30,12 @@ from pipeline.report_data import (
     read_step,
     texts,
 )
+from pipeline.report_failures import failures
+from pipeline.report_frontier import frontier_views
 from pipeline.report_judges import TITLES, judge_tables
 from pipeline.report_notes import careful_notes
 from pipeline.report_plots import Row, finite, number, percent, win_bar
+from pipeline.report_reward import reward_view
 from pipeline.report_tables import (
     annotator_rows,
     cost_rows,
@@ -110,10 +113,13 @@ def _view(run: Run, steps: list[StepView]) -> Row:
             {},
         ),
         "wins": [(s.round, *_interval(s.metrics), win_bar(*_interval(s.metrics))) for s in judged],
+        "failures": failures(run, steps),
         "notes": careful_notes(settings, steps, comparisons),
         "learning": _learning(steps),
+        "frontiers": frontier_views(steps),
         "rank_steps": [(s, annotator_rows(s)) for s in steps if s.stage == "rank" and s.manifest],
         "reward_steps": [s for s in steps if s.stage == "reward" and s.manifest],
+        "reward_view": reward_view,
         "histograms": score_histograms(steps, comparisons),
         "samples": chosen_samples(comparisons),
         "shaded": shaded,

@@ -23,6 +23,8 @@ _HEADLINES = {
     "kto": ("heldout_accuracy", "held-out accuracy {:.3f}"),
     "grpo": ("validation_reward", "validation reward {:.3f}"),
     "rloo": ("validation_reward", "validation reward {:.3f}"),
+    "answers": ("prompts", "{:.0f} prompts"),
+    "judge": ("judgements", "{:.0f} judgements"),
     "evaluate": ("win_rate_vs_sft", "win rate {:.3f}"),
 }
 

@@ -11,6 +11,7 @@ import json
 import re
 from functools import lru_cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -61,8 +62,8 @@ __all__ = [
     "repairs_of",
 ]
 
-# what transformers raises for a folder or id that it cannot read
-_LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError)
+# what transformers raises for a folder or id that it cannot read, or that torch refuses to unpickle
+_LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, UnpicklingError)
 
 # ---- load ----------------------------------------------------------------------------------
 
