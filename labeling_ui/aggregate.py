@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from typing import Any
 
 from labeling_ui.judgements import Judgement, Task
-from pipeline.records import Message, Ranking, content_id
+from pipeline.records import Message, Ranking, content_id, response_id
 
 MODES = ("all", "soft", "majority", "unanimous")
 Rows = tuple[list[dict[str, Any]], Counter[str]]
@@ -23,6 +24,7 @@ Rows = tuple[list[dict[str, Any]], Counter[str]]
 class Group:
     """All rankings of the same responses to the same prompt, one an annotator."""
 
+    prompt_id: str
     messages: tuple[Message, ...]
     responses: tuple[str, ...]
     """In the order of their ids, which tells nothing of them."""
@@ -32,11 +34,7 @@ class Group:
     ranking_ids: tuple[str, ...]
     split: str
 
-    @property
-    def prompt_id(self) -> str:
-        return content_id("prompt", list(self.messages))
-
-    @property
+    @cached_property
     def id(self) -> str:
         return content_id("group", self.prompt_id, list(self.responses))
 
@@ -79,9 +77,10 @@ def group_rankings(rankings: Iterable[Ranking]) -> tuple[list[Group], Counter[st
 
 def _group(prompt_id: str, voices: dict[str, Ranking]) -> Group:
     rankings = [voices[name] for name in sorted(voices)]
-    texts = sorted(rankings[0].responses, key=lambda text: content_id("response", prompt_id, text))
+    texts = sorted(rankings[0].responses, key=lambda text: response_id(prompt_id, text))
     rank_of = [dict(zip(r.responses, r.ranks, strict=True)) for r in rankings]
     return Group(
+        prompt_id=prompt_id,
         messages=rankings[0].messages,
         responses=tuple(texts),
         ranks=tuple(tuple(ranks[text] for text in texts) for ranks in rank_of),
@@ -118,18 +117,27 @@ def pair_rows(groups: Iterable[Group], mode: str) -> Rows:
     dropped: Counter[str] = Counter()
     for group in groups:
         m = len(group.ranks)
-        ids = {"group_id": group.id, "prompt_id": group.prompt_id}
+        same = {
+            "prompt": list(group.messages),
+            "split": group.split,
+            "votes": m,
+            "annotator": None,
+            "ranking_id": None,
+            "group_id": group.id,
+            "prompt_id": group.prompt_id,
+        }
+        turns = [[{"role": "assistant", "content": text}] for text in group.responses]
         for i, j in combinations(range(len(group.responses)), 2):
             signs = [(ranks[j] > ranks[i]) - (ranks[j] < ranks[i]) for ranks in group.ranks]
             if mode == "all":
                 dropped["ties"] += signs.count(0)
                 for k, sign in enumerate(signs):
                     if sign:
+                        better, worse = (i, j) if sign > 0 else (j, i)
+                        row = {**same, "chosen": turns[better], "rejected": turns[worse]}
                         who = {"annotator": group.annotators[k]}
                         who["ranking_id"] = group.ranking_ids[k]
-                        better, worse = (i, j) if sign > 0 else (j, i)
-                        row = _row(group, better, worse, 1.0, 1 / m)
-                        rows.append({**row, **ids, **who})
+                        rows.append({**row, "label": 1.0, "weight": 1 / m, **who})
                 continue
             better, worse = (i, j) if sum(signs) >= 0 else (j, i)
             votes = max(signs.count(1), signs.count(-1))
@@ -140,7 +148,8 @@ def pair_rows(groups: Iterable[Group], mode: str) -> Rows:
                 if reason := _left_out(mode, signs, votes, m):
                     dropped[reason] += 1
                     continue
-            rows.append({**_row(group, better, worse, label, 1.0), **ids})
+            row = {**same, "chosen": turns[better], "rejected": turns[worse]}
+            rows.append({**row, "label": label, "weight": 1.0})
     return rows, +dropped
 
 
@@ -151,17 +160,3 @@ def _left_out(mode: str, signs: list[int], votes: int, m: int) -> str | None:
     if mode == "unanimous":
         return None if votes == m else "pairs that are not unanimous"
     return None if votes > m / 2 else "pairs without a majority"
-
-
-def _row(group: Group, better: int, worse: int, label: float, weight: float) -> dict[str, Any]:
-    return {
-        "prompt": list(group.messages),
-        "chosen": [{"role": "assistant", "content": group.responses[better]}],
-        "rejected": [{"role": "assistant", "content": group.responses[worse]}],
-        "split": group.split,
-        "label": label,
-        "weight": weight,
-        "votes": len(group.ranks),
-        "annotator": None,
-        "ranking_id": None,
-    }

@@ -46,6 +46,7 @@ FILES = (
     "demonstrations_heldout.jsonl",
 )
 MANIFEST = "manifest.json"
+_GROUPED = {"pairs.jsonl", "pairs.parquet", "groups.parquet"}
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,9 @@ def _count(prompt: Asked, counts: Counts) -> None:
 def _write_prompt(
     prompt: Asked, files: dict[str, RowFile], counts: Counts, options: Options
 ) -> None:
-    groups, repeated = group_rankings(prompt.rankings)
+    groups, repeated = (
+        group_rankings(prompt.rankings) if files.keys() & _GROUPED else ([], Counter())
+    )
     makers: dict[str, Callable[[], tuple[Iterable[dict[str, Any]], Counter[str]]]] = {
         "rankings.jsonl": lambda: _ranking_rows(prompt, options.everything),
         "pairs.jsonl": lambda: _pairs(groups, repeated, options.mode),
@@ -158,7 +161,8 @@ def _write_prompt(
         rows, dropped = makers[name]()
         for row in rows:
             file.write(row)
-        counts.drop(name, dropped)
+        if dropped:
+            counts.drop(name, dropped)
 
 
 def _ranking_rows(prompt: Asked, everything: bool) -> tuple[list[dict[str, Any]], Counter[str]]:

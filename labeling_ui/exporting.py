@@ -11,7 +11,7 @@ import hmac
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import groupby
 from typing import Any
 
@@ -21,7 +21,7 @@ from sqlalchemy.engine import Connection, Row
 from labeling_ui.counting import why_left_out
 from labeling_ui.schema import assignments, rankings, tasks, users
 from labeling_ui.store import Store
-from pipeline.records import Message, Ranking, content_id, is_heldout
+from pipeline.records import Message, Ranking, content_id, is_heldout, response_id
 
 Wanted = Callable[[Any], bool]
 Shown = Callable[[str, str], str]
@@ -54,13 +54,13 @@ class Answer:
     split: str
     ranking: Ranking | None
 
-    @property
+    @cached_property
     def id(self) -> str:
         if self.ranking is not None:
             return self.ranking.id
         return content_id("answer", self.row.task_id, self.annotator, self.row.revision)
 
-    @property
+    @cached_property
     def left_out(self) -> str | None:
         """Why this is no ranking that counts; None if it is one, or a written answer."""
         row = self.row
@@ -80,7 +80,7 @@ class Answer:
         prompt_id = row.prompt_id
         responses = [
             {
-                "id": content_id("response", prompt_id, text),
+                "id": response_id(prompt_id, text),
                 "text": text,
                 "rank": ranks[i],
                 "score": marks[i].get("score"),
@@ -124,7 +124,7 @@ class Asked:
     """`heldout` as in the rank step: by the prompt's hash, and what is kept for evaluation."""
     answers: tuple[Answer, ...]
 
-    @property
+    @cached_property
     def rankings(self) -> list[Ranking]:
         """Those that count, each once."""
         return list({a.id: a.ranking for a in self.answers if a.ranking and a.counts}.values())
@@ -185,7 +185,13 @@ def _asked(prompt_id: str, rows: list[Any], heldout_fraction: float, shown: Show
     split = "heldout" if kept_away or is_heldout(prompt_id, heldout_fraction) else "train"
     said = [row for row in rows if row.stored_id is not None]
     messages = tuple(json.loads(rows[0].messages)) if said else ()
-    answers = (_answer(row, messages, shown(row.kind, row.name), split) for row in said)
+    # of each task once, however many have answered it
+    texts = {row.task_id: row.responses for row in said}
+    responses = {task: tuple(json.loads(text)) for task, text in texts.items()}
+    answers = (
+        _answer(row, messages, responses[row.task_id], shown(row.kind, row.name), split)
+        for row in said
+    )
     return Asked(
         prompt_id,
         len({row.task_id for row in rows}),
@@ -194,8 +200,13 @@ def _asked(prompt_id: str, rows: list[Any], heldout_fraction: float, shown: Show
     )
 
 
-def _answer(row: Row[Any], messages: tuple[Message, ...], annotator: str, split: str) -> Answer:
-    responses = tuple(json.loads(row.responses))
+def _answer(
+    row: Row[Any],
+    messages: tuple[Message, ...],
+    responses: tuple[str, ...],
+    annotator: str,
+    split: str,
+) -> Answer:
     ranking = None
     if row.status == "ranked":
         ranks = tuple(json.loads(row.ranks))

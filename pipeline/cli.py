@@ -332,16 +332,28 @@ def config(
 @app.command()
 def report(
     targets: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+    to: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="Where the comparison of several runs goes."),
+    ] = Path("comparison.html"),
 ) -> None:
     """Write report.html of each run, a page that works offline; print its path.
 
+    Of several runs also a page that compares them: which is better, what differs, what each cost.
+
     Example:  prefline report runs/demo
+    Example:  prefline report runs/ppo-1 runs/ppo-2 runs/dpo --to ppo-or-dpo.html
     """
     from pipeline import workspace
     from pipeline.report import write_report
 
-    for path in [workspace.open_run(target).path for target in targets]:
+    paths = [workspace.open_run(target).path for target in targets]
+    for path in paths:
         print(write_report(path))
+    if len(set(paths)) > 1:
+        from pipeline.report_compare import write_comparison
+
+        print(write_comparison(list(dict.fromkeys(paths)), to))
 
 
 @app.command()

@@ -44,7 +44,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "evaluate",
             "stages.evaluate",
-            3,
+            4,
             "evaluation",
             ("model", "pretrain", "sft", "sample", "reward", "evaluate"),
         ),
@@ -180,7 +180,7 @@ def _rounds(settings: Settings, steps: _Steps, before_sft: str | None, sft: str 
                 "sft": sft,
                 "base": before_sft if before_sft != sft else None,
                 "rankings": rankings,
-                "reward_model": reward if settings.evaluate.best_of else None,
+                "reward_model": reward,
                 "prompts": None if judged_on else samples or rankings,
             },
             {

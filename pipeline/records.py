@@ -14,6 +14,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,25 @@ ROW_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".txt", ".md", ".zip")
 _LARGEST_MEMBER = 2**30
 
 
+# made once: json.dumps makes one a call, which costs as much as a small value
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys and no spaces: equal values give equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return _CANONICAL.encode(value)
 
 
 def content_id(*parts: Any) -> str:
     """16 hex digits of the sha256 of `parts`: the identity of content."""
     text = canonical_json(list(parts))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+@lru_cache(maxsize=256)
+def response_id(prompt_id: str, text: str) -> str:
+    """Identity of a response. What was asked last is remembered: several people rank the same texts."""
+    return content_id("response", prompt_id, text)
 
 
 def hash_fraction(*parts: Any) -> float:
@@ -80,7 +91,7 @@ class Response:
     tokens: int | None = None
 
     def id(self, prompt_id: str) -> str:
-        return content_id("response", prompt_id, self.text)
+        return response_id(prompt_id, self.text)
 
 
 @dataclass(frozen=True)
@@ -133,11 +144,11 @@ class Ranking:
     round: int = 1
     source: str = "app"
 
-    @property
+    @cached_property
     def prompt_id(self) -> str:
         return content_id("prompt", list(self.messages))
 
-    @property
+    @cached_property
     def id(self) -> str:
         order = sorted(zip(self.responses, self.ranks, strict=True))
         return content_id("ranking", list(self.messages), order, self.annotator, self.round)
@@ -150,7 +161,7 @@ class Ranking:
 
     def to_row(self) -> dict[str, Any]:
         responses = [
-            {"id": content_id("response", self.prompt_id, text), "text": text, "rank": rank}
+            {"id": response_id(self.prompt_id, text), "text": text, "rank": rank}
             for text, rank in zip(self.responses, self.ranks, strict=True)
         ]
         return {

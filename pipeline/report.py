@@ -40,6 +40,7 @@ from pipeline.report_tables import (
     quality_rows,
     setting_rows,
 )
+from pipeline.report_tokens import token_views
 from pipeline.workspace import Run
 
 LONGEST_TEXT = 4000
@@ -63,7 +64,7 @@ def write_report(run_dir: Path) -> Path:
     """
     run = workspace.open_run(run_dir)
     steps = [read_step(state) for state in states.inspect(run)]
-    page = _environment().get_template("report.html.j2").render(_view(run, steps))
+    page = environment().get_template("report.html.j2").render(_view(run, steps))
     # a broken character (lone surrogate) of a model's text must not cost the whole page
     text = page.encode("utf-8", errors="backslashreplace").decode("utf-8")
     target = run_dir / workspace.REPORT_FILE
@@ -82,6 +83,11 @@ def _view(run: Run, steps: list[StepView]) -> Row:
     last = judged[-1] if judged else None
     comparisons = (
         read_jsonl(last.work / "artifact" / "comparisons.jsonl") if last and last.work else []
+    )
+    shaded = (
+        token_views(read_jsonl(last.work / "artifact" / "tokens.jsonl"), visible)
+        if last and last.work
+        else {}
     )
     finished = [str(s.manifest["finished"]) for s in steps if s.manifest.get("finished")]
     return {
@@ -115,12 +121,12 @@ def _view(run: Run, steps: list[StepView]) -> Row:
         "reward_steps": [s for s in steps if s.stage == "reward" and s.manifest],
         "histograms": score_histograms(steps, comparisons),
         "samples": chosen_samples(comparisons),
+        "shaded": shaded,
         "qualities": quality_rows(last),
         "costs": cost_rows(steps),
         "settings": setting_rows(run),
         "lineage": [lineage_row(step) for step in steps],
         "environments": environment_rows(steps),
-        "LONGEST_TEXT": LONGEST_TEXT,
     }
 
 
@@ -260,8 +266,9 @@ def big(value: Any, unit: str = "") -> str | None:
     return f"{number(value / (power or 1))} {prefix}{unit}".strip()
 
 
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """How a page is made from a template of this folder."""
+    found = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -273,11 +280,12 @@ def _environment() -> jinja2.Environment:
     def sha256(text: str) -> str:
         return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
-    environment.filters |= {
+    found.globals["LONGEST_TEXT"] = LONGEST_TEXT
+    found.filters |= {
         "number": number,
         "percent": percent,
         "duration": duration,
         "big": big,
         "sha256": sha256,
     }
-    return environment
+    return found

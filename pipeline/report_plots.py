@@ -274,6 +274,21 @@ def win_bar(rate: float, low: float | None, high: float | None) -> Markup:
     return Markup(f'<svg class="win" role="img" aria-label="{told}">{"".join(parts)}</svg>')
 
 
+def interval_bar(rate: float, low: float | None, high: float | None, colour: str) -> Markup:
+    """A dot on a scale from 0 to 1 with its interval and the 50 % line, for a table cell."""
+    ends = [2 + 96 * min(1.0, max(0.0, v)) for v in (rate, low, high) if v is not None]
+    whisker = (
+        f'<line class="whisker" x1="{ends[1]:.2f}%" x2="{ends[2]:.2f}%" y1="11" y2="11"/>'
+        if len(ends) == 3
+        else ""
+    )
+    return Markup(
+        '<svg class="interval" aria-hidden="true"><line class="grid" x1="2%" x2="98%" y1="11" y2="11"/>'
+        f'<line class="half" x1="50%" x2="50%" y1="2" y2="20"/>{whisker}'
+        f'<circle class="{colour} dot" cx="{ends[0]:.2f}%" cy="11" r="4"/></svg>'
+    )
+
+
 def share_bar(fraction: float) -> Markup:
     """A thin bar for a table cell."""
     width = 100 * min(1.0, max(0.0, fraction))

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.benchmarks import limits
@@ -27,13 +27,19 @@ _LIMIT = 600.0  # seconds of one benchmark
 
 @dataclass(frozen=True)
 class Benchmark:
-    """module, arguments: how it is run. must, aim: peer / ours; None where there is no peer."""
+    """module, arguments: how it is run. must, aim: peer / ours; None where there is no peer.
+
+    compares: it ends with a line that says how many times faster we are than the peer.
+    full: instead of `arguments` with --full.
+    """
 
     name: str
     module: str
     arguments: tuple[str, ...] = ()
     must: float | None = None
     aim: float | None = None
+    compares: bool = True
+    full: tuple[str, ...] | None = None
 
 
 BENCHMARKS = (
@@ -45,7 +51,21 @@ BENCHMARKS = (
     Benchmark("reward_k9", "reward_k", ("9",), 6.5, 15.0),
     Benchmark("pretrain", "pretrain", (), 0.98, None),
     Benchmark("pretrain_bf16", "pretrain", ("--precision", "bf16"), None, 1.9),
-    Benchmark("scale", "scale"),
+    Benchmark("scale", "scale", compares=False),
+    Benchmark(
+        "labels_load",
+        "labels_load",
+        ("--people", "20", "--rankings", "5", "--think", "1", "--kills", "1"),
+        compares=False,
+        full=(),
+    ),
+    Benchmark(
+        "labels_million",
+        "labels_million",
+        ("--large", "50000", "--lonely", "5000", "--repeats", "60"),
+        compares=False,
+        full=(),
+    ),
 )
 
 
@@ -86,7 +106,7 @@ def run(benchmark: Benchmark, limit: float) -> Result:
         problem = f"took longer than {limit:.0f} s"
     print(output, flush=True)
     line = None if problem else last_line(output)
-    if not problem and line is None and benchmark.name != "scale":
+    if not problem and line is None and benchmark.compares:
         problem = "printed no JSON line"
     return Result(benchmark, command, output, line, problem, time.monotonic() - start)
 
@@ -140,6 +160,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", help="which ones; all if none is named")
     parser.add_argument("--page", type=Path, help="write the results to this file")
     parser.add_argument("--minutes", type=float, default=39, help="for all of them together")
+    parser.add_argument(
+        "--full", action="store_true", help="the label store at full size: needs --minutes 90"
+    )
     given = parser.parse_args(arguments)
     known = [benchmark.name for benchmark in BENCHMARKS]
     if unknown := [name for name in given.names if name not in known]:
@@ -147,8 +170,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     start = time.monotonic()
     chosen = [b for b in BENCHMARKS if not given.names or b.name in given.names]
     end = start + 60 * given.minutes
+    limit = 60 * given.minutes if given.full else _LIMIT
+    if given.full:
+        chosen = [b if b.full is None else replace(b, arguments=b.full) for b in chosen]
     # the first may not take what the last need
-    results = [run(one, max(1.0, min(_LIMIT, end - time.monotonic()))) for one in chosen]
+    results = [run(one, max(1.0, min(limit, end - time.monotonic()))) for one in chosen]
     text = page(results, time.monotonic() - start)
     if given.page:
         given.page.write_text(text, encoding="utf-8")

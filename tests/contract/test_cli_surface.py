@@ -28,7 +28,7 @@ SURFACE = {
     "verify": ["target"],
     "lineage": ["target", "--label", "--json"],
     "config": ["target", "overrides", "--fields"],
-    "report": ["targets"],
+    "report": ["targets", "--to"],
     "doctor": [],
 }
 

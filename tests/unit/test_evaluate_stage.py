@@ -10,7 +10,7 @@ import pytest
 from pipeline.errors import DataError
 from pipeline.job import Input, Job, Out
 from pipeline.settings import Settings
-from stages import evaluate
+from stages.heldout_text import heldout_text as read_heldout
 
 
 def heldout_text(folder: Path, rows: list[dict[str, str]]) -> tuple[list[str], Out]:
@@ -19,7 +19,7 @@ def heldout_text(folder: Path, rows: list[dict[str, str]]) -> tuple[list[str], O
     settings = Settings.model_validate({"model": {"base": "b"}, "evaluate": {"text": str(data)}})
     out = Out(Job("evaluate", "evaluate", "", 1, "f", folder, folder, {}, {}, {}))
     inputs = {"text": Input("text", "sha256:1", sources=(str(data),))}
-    return evaluate._heldout_text(settings, inputs, out), out
+    return read_heldout(settings, inputs, out), out
 
 
 def test_rows_without_a_text_are_counted(tmp_path: Path) -> None:

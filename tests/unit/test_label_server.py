@@ -1,10 +1,12 @@
 """The ranking app over HTTP: who gets in, what is refused, and what a browser is told."""
 
+import asyncio
 import contextlib
 import json
 import re
 import socket
 
+import httpx
 import pytest
 import sqlalchemy as sa
 from starlette.testclient import TestClient
@@ -201,6 +203,28 @@ def test_the_page_knows_no_prompt_before_it_is_claimed_and_asks_nobody_else(clie
     config = client.get("/ui/config").json()
     assert config["analytics_enabled"] is False
     assert all(dependency["api_visibility"] == "private" for dependency in config["dependencies"])
+
+
+def test_passwords_are_checked_one_after_the_other(run, monkeypatch):
+    now, most = [], []
+
+    def check(*_):
+        now.append(1)
+        most.append(len(now))
+        accounts.hash_password("a moment's work, in which another thread could come")
+        now.pop()
+
+    monkeypatch.setattr(accounts, "_SCRYPT", (2**12, 8, 1))
+    monkeypatch.setattr(accounts, "check_login", check)
+
+    async def many():
+        transport = httpx.ASGITransport(run[2])
+        async with httpx.AsyncClient(transport=transport, base_url=LOCAL) as client:
+            form = {"name": "alice", "password": "correct horse"}
+            await asyncio.gather(*(client.post("/login", data=form) for _ in range(8)))
+
+    asyncio.run(many())
+    assert most == [1] * 8
 
 
 @pytest.fixture
