@@ -11,7 +11,6 @@ import json
 import re
 from functools import lru_cache
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -62,8 +61,15 @@ __all__ = [
     "repairs_of",
 ]
 
-# what transformers raises for a folder or id that it cannot read, or that torch refuses to unpickle
-_LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, UnpicklingError)
+# what transformers raises for a folder or id that it cannot read
+_LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    # an index of weights can lead to a pickle, which torch then refuses
+    torch.serialization.pickle.UnpicklingError,
+)
 
 # ---- load ----------------------------------------------------------------------------------
 
