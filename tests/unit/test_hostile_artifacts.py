@@ -216,7 +216,14 @@ def test_a_checkpoint_with_a_pickle_in_it_runs_nothing(
         saver.load_latest()
 
 
-@pytest.mark.parametrize("name", ["rng_state.pth", "optimizer.pt", "scheduler.pt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rng_state.pth",
+        pytest.param("optimizer.pt", marks=pytest.mark.slow),
+        pytest.param("scheduler.pt", marks=pytest.mark.slow),
+    ],
+)
 def test_a_checkpoint_of_the_trainer_with_a_pickle_in_it_runs_nothing(
     name: str, good: Path, tmp_path: Path, marker: Path
 ) -> None:
