@@ -74,8 +74,16 @@ def explain_system(error: OSError) -> ToolkitError:
 
 def memory_hint(stage: str) -> str:
     """Which setting of a stage to lower, in a sentence."""
-    how = _LESS_MEMORY.get(stage, "use fewer or shorter rows")
-    return f"{how[0].upper()}{how[1:]}; `prefline resume` goes on from the last checkpoint."
+    how = less_memory(stage)
+    return (
+        f"{how[0].upper()}{how[1:]} (`prefline plan RUN` says what takes it); `prefline resume` goes on from"
+        " the last checkpoint."
+    )
+
+
+def less_memory(stage: str) -> str:
+    """Which setting of a stage to change so that it needs less memory."""
+    return _LESS_MEMORY.get(stage, "use fewer or shorter rows")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

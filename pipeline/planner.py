@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import launch, ledger, scaling
+from pipeline.crashes import less_memory
 from pipeline.errors import ConfigError, StageError
 from pipeline.files import read_json, write_atomic
 from pipeline.manifest import Manifest
@@ -24,13 +25,6 @@ from pipeline.workspace import Run
 
 FILE = "plan.json"
 Row = dict[str, Any]
-# what lowers a stage's memory, by its largest part
-_LOWER = {
-    "pretrain": {"activations": "raise pretrain.accumulation_steps"},
-    "sample": dict.fromkeys(("kv_cache", "logits"), "lower sample.rows_per_rank"),
-    "reward": {"activations": "lower reward.max_length"},
-    "evaluate": dict.fromkeys(("kv_cache", "logits"), "lower evaluate.rows_per_rank"),
-}
 _ROLES = ("policy", "sft", "base")
 _FULL = 0.95
 
@@ -134,26 +128,17 @@ def _remedy(step: Row, settings: Settings) -> str:
     stage = step["stage"]
     sizes = {k: v for k, v in step["memory"].items() if k not in ("total", "process")}
     largest = max(sizes, key=lambda key: sizes[key])
-    policies = ("ppo", "grpo", "rloo")
+    what = f"mostly {largest.replace('_', ' ')}"
     if largest in ("activations", "logits", "kv_cache"):
-        setting = (
-            f"{stage}.rows_per_rank" if stage in policies else _LOWER.get(stage, {}).get(largest)
+        return f"{what}; {less_memory(stage)}"
+    own = getattr(settings, stage)
+    if stage == "ppo" and (own.critic or "separate") == "separate" and not own.lora.rank:
+        return (
+            f"{what}; ppo.critic=shared holds one model less, ppo.lora.rank=8 trains adapters only"
         )
-        setting = setting or f"{stage}.accumulation_steps (raise it)"
-        return f"mostly {largest.replace('_', ' ')}; lower {setting}".replace(
-            "; lower", ";", 1 if "raise" in setting else 0
-        )
-    if (
-        stage == "ppo"
-        and (settings.ppo.critic or "separate") == "separate"
-        and not settings.ppo.lora.rank
-    ):
-        return f"mostly {largest}; ppo.critic=shared holds one model less, ppo.lora.rank=8 trains adapters only"
-    if stage in ("sft", "reward", "dpo", "kto", *policies):
-        return f"mostly {largest}; {stage}.lora.rank=8 trains adapters only, launch.profile=fsdp2 shards over GPUs"
-    return (
-        f"mostly {largest}; lower model.hidden_size, or shard over GPUs with launch.profile=fsdp2"
-    )
+    if hasattr(own, "lora") and not own.lora.rank:
+        return f"{what}; {stage}.lora.rank=8 trains adapters only, launch.profile=fsdp2 shards over GPUs"
+    return f"{what}; take a smaller model, or shard over GPUs with launch.profile=fsdp2"
 
 
 def _ratio_warnings(found: Row, settings: Settings) -> list[str]:

@@ -66,6 +66,10 @@ def test_what_does_not_fit_is_warned_of_with_the_setting_to_lower():
         "ppo needs 9 GB of the 8 GB of a device: mostly kv cache; lower ppo.rows_per_rank" in text
     )
     assert "pretrain needs" not in text
+    heavy = answer()
+    heavy["steps"][1]["memory"]["optimizer"] = 8e9
+    text = "\n".join(planner._priced(heavy, settings(), 1)["warnings"])
+    assert "mostly optimizer; ppo.critic=shared" in text
     found = planner._priced(answer(), settings(cost={"device_memory_gb": 80}), 1)
     assert not [line for line in found["warnings"] if "needs" in line]
 
