@@ -129,12 +129,14 @@ def _computed_by(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 
 def hardest(found: Attention, at: int) -> tuple[int, int]:
-    """(layer, head) that looks hardest from `at` at another token than the first and itself."""
+    """(layer, head) that looks hardest from `at` at something further back than the token before it.
+
+    The first token is left out, on which heads rest, and the one before, at which some always look.
+    """
+    back = slice(1, at - 1 if at > 2 else at)
     if at < 2:
         return 0, 0
-    seen_LA = torch.stack(
-        [found.weights_of(i)[:, at, 1:at].max(-1).values for i in range(len(found))]
-    )
+    seen_LA = torch.stack([found.weights_of(i)[:, at, back].amax(-1) for i in range(len(found))])
     layer, head = divmod(int(seen_LA.argmax()), seen_LA.shape[1])
     return layer, head
 

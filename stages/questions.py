@@ -76,7 +76,7 @@ def attention(
     """One head over the text, how much each head of each layer looks from `at` to `to`, and the
     arithmetic of that pair.
 
-    layer -1: the head that looks hardest at another token than the first. to -1: what it looks at most.
+    layer -1: the head that looks hardest at a token further back. to -1: what it looks at most.
     """
     loaded = models.model(model)
     ids = _ids(loaded, text, chat)

@@ -135,6 +135,23 @@ def test_the_products_of_a_pair_add_up_to_its_score():
     assert sum(row["weight"] for row in told["rows"]) == pytest.approx(1)
 
 
+def test_the_page_begins_with_the_head_that_looks_hardest_further_back():
+    found = probe_attention.look(made(llama()), IDS)
+    for at in range(len(IDS)):
+        layer, head = probe_attention.hardest(found, at)
+        places = range(1, at - 1) if at > 2 else range(1, at)
+        every = [
+            (float(found.weights_of(i)[a, at, to]), i, a)
+            for i in range(2)
+            for a in range(4)
+            for to in places
+        ]
+        assert (layer, head) == (max(every)[1:] if every else (0, 0))
+        row = found.weights_of(layer)[head, at]
+        to = probe_attention.most_seen(row, at)
+        assert to == (max(range(1, at), key=lambda i, row=row: float(row[i])) if at > 1 else 0)
+
+
 def test_looking_changes_nothing_of_what_the_model_says():
     model = made(llama())
     with torch.no_grad():
