@@ -61,7 +61,8 @@ tasks = sa.Table(
     sa.Column("kind", sa.String, nullable=False, default="rank", server_default="rank"),
     sa.Column("step", sa.String),  # the queue it waits in; null for imported, gold and repeat
     sa.Column("round", sa.Integer, nullable=False),
-    sa.Column("origin", sa.String, nullable=False),  # samples digest, `import` or `evaluation`
+    # samples digest, `import`, `hand`, `chat` or `evaluation`
+    sa.Column("origin", sa.String, nullable=False),
     sa.Column("active", sa.Boolean, nullable=False),  # false: the samples have changed since
     sa.Column("split", sa.String, nullable=False),  # of the prompt: train | validation | test
     sa.Column("prompt_id", sa.String, nullable=False),

@@ -44,7 +44,7 @@ STAGES: dict[str, Stage] = {
         Stage("sample", "stages.sample", 2, "samples", ("model", "sample", *_SELECTING)),
         Stage("rank", "labeling_ui.rank", 1, "rankings", ("rank",)),
         Stage("reward", "stages.reward", 3, "reward_model", ("model", "reward")),
-        Stage("ppo", "stages.ppo", 4, "policy", ("model", "pretrain", "sample", "ppo")),
+        Stage("ppo", "stages.ppo", 4, "policy", ("model", "pretrain", "sample", "reward", "ppo")),
         Stage("dpo", "stages.dpo", 1, "policy", ("model", "dpo")),
         Stage("kto", "stages.kto", 1, "policy", ("model", "kto")),
         Stage("grpo", "stages.grpo", 1, "policy", ("model", "sample", "grpo")),
@@ -179,7 +179,9 @@ def _rounds(settings: Settings, steps: _Steps, before_sft: str | None, sft: str 
                 {"model": None if sft else base},
             )
         inputs, sources = _policy_reads(settings, policy, sft, reward, samples, rankings)
-        policy = add(settings.run.policy, round, inputs, sources)
+        # ppo trains a reward model of its own where it watches one, and only there
+        without = () if "rankings" in inputs else ("reward",)
+        policy = add(settings.run.policy, round, inputs, sources, without)
         judged_on = settings.evaluate.prompts
         if not settings.has_rankings:
             judged_on = judged_on or sources["prompts"]
@@ -244,7 +246,9 @@ def _policy_reads(
     inputs |= {"reward_model": reward, "prompts": None if own.prompts else samples or rankings}
     sources |= {"prompts": own.prompts, "reward_models": own.reward_models}
     if settings.run.policy == "ppo":
-        sources["gold"] = own.gold
+        sources["gold_model"] = own.gold_model
+        if own.gold == "reward_model" and not own.gold_model:
+            inputs["rankings"] = rankings
         if own.ptx_coef > 0:
             sources["ptx"] = own.ptx_data or settings.pretrain.data
     return inputs, sources

@@ -12,9 +12,16 @@ import sys
 from dataclasses import replace
 
 import pipeline
-from pipeline import artifacts, contract, launch, manifest
+from pipeline import artifacts, contract, gate, launch, manifest
 from pipeline.crew import Crew, Interrupted
-from pipeline.errors import ArtifactError, ConfigError, PeopleNeeded, Stopped, ToolkitError
+from pipeline.errors import (
+    ArtifactError,
+    ConfigError,
+    PeopleNeeded,
+    StageError,
+    Stopped,
+    ToolkitError,
+)
 from pipeline.job import Job
 from pipeline.manifest import InputRecord, Manifest
 from pipeline.plan import COMES_WITH, STAGES, Step, plan
@@ -97,7 +104,7 @@ def explain(state: StepState) -> str:
     verb = _VERBS[state.step.stage.kind]
     if state.word == "done":
         return f"{name}: done, nothing to do"
-    if state.word == "damaged":
+    if state.word == "damaged" or (state.gate and state.gate.closed):
         return f"{name}: {state.text}, will stop here"
     if state.word in ("partial", "running", "failed", "waiting"):
         return f"{name}: {state.text}, will go on"
@@ -161,6 +168,7 @@ def _bring_up_to_date(
             f"Restore the file, or remove {state.work} and run again to make the step anew.",
         )
     _require_inputs(run, step, states)
+    _check_gate(run, state)
     _check_inputs(inspector, state, states)
     say(explain(state))
     _run_step(run, crew, state)
@@ -200,6 +208,19 @@ def _lacks(step: Step, states: dict[str, StepState]) -> str:
     return f"needs the result of {' and of '.join(lacking)}"
 
 
+def _check_gate(run: Run, state: StepState) -> None:
+    found, name = state.gate, state.step.name
+    if found is None or not found.reasons:
+        return
+    if found.closed:
+        facts = {"step": name, "fingerprint": state.fingerprint}
+        run.record("gate", **facts, reason=found.text)
+        raise StageError(f"{name}: {state.text}", gate.HINT)
+    say(
+        f"WARNING: {name}: reward.gate.force goes on through {found.text.split('; reward.gate')[0]}"
+    )
+
+
 def _check_inputs(inspector: Inspector, state: StepState, states: dict[str, StepState]) -> None:
     """Contracts and bytes of everything that the step is about to read."""
     contract.check_contracts(state.step.name, state.inputs.values())
@@ -229,7 +250,7 @@ def _run_step(run: Run, crew: Crew, state: StepState) -> None:
     except ToolkitError as error:
         # on a full disk the reason matters more than its record
         with contextlib.suppress(OSError):
-            run.record("failed", **facts, reason=error.message)
+            run.record("failed", **facts, reason=error.message, hint=error.hint)
         raise
     run.record("done", **facts)
 
@@ -280,6 +301,7 @@ def _draft(run: Run, state: StepState) -> Manifest:
             for role, item in state.inputs.items()
         },
         settings=manifest.hashed_settings(settings, step.stage),
+        derived={"gate": state.gate.to_row()} if state.gate else {},
         unhashed=manifest.unhashed_settings(settings, step.stage),
         seed=settings.run.seed,
         precision=settings.model.precision,

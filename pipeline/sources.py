@@ -32,7 +32,7 @@ KEYS = (
     "rank.data",
     "ppo.prompts",
     "ppo.reward_models",
-    "ppo.gold",
+    "ppo.gold_model",
     "ppo.ptx_data",
     "grpo.prompts",
     "grpo.reward_models",

@@ -178,7 +178,7 @@ def run_job(job: Job, rank: int, world_size: int) -> None:
     settings = Settings.model_validate(job.settings)
     run: Run = importlib.import_module(_module(job.module)).run
     # the clock starts here: imports are the line's overhead, not the stage's work
-    meter, started = Meter(), _now()
+    meter, started = Meter(settings.cost, world_size), _now()
     if stop_requested():
         raise Stopped(f"{job.step}: stopped before it began")
     if rank == 0 and settings.run.tracker != "none":
@@ -197,7 +197,10 @@ def run_job(job: Job, rank: int, world_size: int) -> None:
         {
             **job.manifest,
             "digest": "",
-            "derived": plain(out.derived, f"{job.step}: derived"),
+            "derived": {
+                **job.manifest.get("derived", {}),
+                **plain(out.derived, f"{job.step}: derived"),
+            },
             "contract": plain(out.contract, f"{job.step}: contract"),
             "metrics": plain(metrics, f"{job.step}: metric"),
             "cost": cost,
@@ -208,6 +211,7 @@ def run_job(job: Job, rank: int, world_size: int) -> None:
             "seconds": cost["seconds"],
         }
     )
+    out.keep_rows()
     artifacts.publish(job.work, draft)
     out.say(f"done in {cost['seconds']:.1f} s")
 

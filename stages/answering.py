@@ -7,7 +7,6 @@ of the sft model to each prompt, of which the one with the highest reward-model 
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.files import replace_durably
 from pipeline.job import Inputs, Out
 from pipeline.records import read_jsonl, write_jsonl
 from pipeline.settings import Settings
@@ -206,7 +206,7 @@ def once(role: str, make: Callable[[], Rows], accelerator: Accelerator, out: Out
         out.checkpoints.mkdir(parents=True, exist_ok=True)
         temporary = kept.with_suffix(".tmp")
         write_jsonl(temporary, rows)
-        os.replace(temporary, kept)
+        replace_durably(temporary, kept)
     accelerator.wait_for_everyone()
     return rows
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import model_validator
 
 from pipeline.config import Strict
+from pipeline.settings.cost import CostSettings
 from pipeline.settings.dpo import DpoSettings
 from pipeline.settings.evaluate import EvaluateSettings
 from pipeline.settings.grpo import GrpoSettings
@@ -61,6 +62,8 @@ class Settings(Strict):
     """Evaluation."""
     launch: LaunchSettings = LaunchSettings()
     """Processes."""
+    cost: CostSettings = CostSettings()
+    """What time, energy and people are worth."""
 
     @model_validator(mode="after")
     def _a_pipeline_can_start(self) -> Settings:
@@ -98,6 +101,8 @@ class Settings(Strict):
                 )
             if self.evaluate.best_of:
                 raise ValueError("evaluate.best_of needs the reward step, and so rankings")
+        if self.run.policy == "ppo":
+            self._check_gold()
         if self.run.rounds > 1 and self.sample.prompts is None:
             raise ValueError("run.rounds above 1 needs sample.prompts to sample from")
         if self.select.by != "random":
@@ -119,6 +124,16 @@ class Settings(Strict):
                 f" micro-batch, and has one ({key})"
             )
         return self
+
+    def _check_gold(self) -> None:
+        asked = self.ppo.prompts or self.sample.prompts or ("",)
+        if self.ppo.gold == "rubric" and not all(source.startswith("demo:") for source in asked):
+            raise ValueError("ppo.gold: rubric knows the demo world's prompts only")
+        if self.ppo.gold == "reward_model" and not (self.ppo.gold_model or self.has_rankings):
+            raise ValueError(
+                "ppo.gold: reward_model needs rankings to hold out (sample.prompts or rank.data), or"
+                " ppo.gold_model: the folder of a reward model"
+            )
 
     def _check_selection(self) -> None:
         by = self.select.by
