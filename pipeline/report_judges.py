@@ -14,6 +14,8 @@ TITLES = {
     "reward_model": "a second reward model",
     "people": "people",
 }
+# where a table has many rows
+_SHORT = {"rubric": "hidden rubric", "reward_model": "second reward model"}
 BASIS = {"people": "people", "simulated": "the simulated annotators"}
 MUCH_BIAS = 0.2  # comparisons that the place decides
 MUCH_UNREAD = 0.05
@@ -86,7 +88,7 @@ def judges(metrics: Row) -> list[tuple[str, str]]:
     names, titles = metrics.get("judges"), metrics.get("judge_titles")
     if not isinstance(names, list) or not isinstance(titles, list) or len(names) != len(titles):
         return []
-    return [(str(n), TITLES.get(str(t), str(t))) for n, t in zip(names, titles, strict=True)]
+    return [(str(n), _SHORT.get(str(t), str(t))) for n, t in zip(names, titles, strict=True)]
 
 
 def compared(metrics: Row) -> list[tuple[str, str]]:
@@ -108,7 +110,7 @@ def _comparison(metrics: Row, first: str, second: str, judge: str, title: str) -
     equal, equal_low, equal_high = _interval(metrics, f"{name}_length_controlled")
     return {
         "judge": title,
-        "models": f"{_model(first, metrics)} against {_model(second, metrics)}",
+        "models": f"{_model(first, metrics)} vs {_model(second, metrics)}",
         "rate": rate,
         "interval": _words(low, high),
         "bar": interval_bar(rate, low, high),
@@ -143,9 +145,9 @@ def _interval(metrics: Row, name: str) -> tuple[float | None, float | None, floa
 
 
 def _words(low: float | None, high: float | None) -> str | None:
-    return (
-        None if low is None or high is None else f"{percent(low)}\u2009\u2013\u2009{percent(high)}"
-    )
+    if low is None or high is None:
+        return None
+    return f"{100 * low:.1f}\u2009\u2013\u2009{percent(high)}"
 
 
 def _p(value: float | None) -> str | None:
@@ -157,7 +159,7 @@ def _p(value: float | None) -> str | None:
 def _model(name: str, metrics: Row) -> str:
     if name == "best_of_n":
         return f"best of {number(metrics.get('best_of_n')) or 'n'}"
-    return name.replace("policy_", "policy of round ")
+    return name.replace("policy_", "round ")
 
 
 def interval_bar(rate: float, low: float | None, high: float | None) -> Markup:

@@ -39,7 +39,7 @@ JUDGED = {
 def test_each_judge_and_each_two_models_have_a_row(tmp_path: Path) -> None:
     page = write_report(make_run(tmp_path, **JUDGED)).read_text()
     part = page[page.index('<section id="judges">') : page.index('<section id="samples">')]
-    for told in ("41.2", "policy of round 1 against sft", "64.8", "&lt; 0.001", "317", "25"):
+    for told in ("41.2", "round 1 vs sft", "64.8", "&lt; 0.001", "317", "25"):
         assert told in part, told
     assert "Agreement with people" in part
     for told in ("71.1", "73.4", "the ceiling", "31", "8.3"):
