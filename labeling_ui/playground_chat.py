@@ -133,7 +133,9 @@ def _sampling(choices: list[tuple[str, str]]) -> list[Any]:
             top_p = gr.Slider(0.05, 1, 1.0, step=0.05, label="Top-p", info="1: no limit")
         with gr.Row():
             penalty = gr.Slider(1, 2, 1.0, step=0.05, label="Repetition penalty", info="1: none")
-            most = gr.Slider(1, 512, 120, step=1, label="Longest answer, in tokens")
+            most = gr.Slider(
+                1, 512, 120, step=1, label="Longest answer, in tokens", elem_id="longest"
+            )
             seed = gr.Number(0, precision=0, label="Seed", info="the same seed gives the same text")
         shared = gr.Dropdown(
             [("each model's own answers", OWN), *((f"the answers of {label}", name) for label, name in choices)],

@@ -7,6 +7,7 @@ that people who look at the same time do not mix.
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,6 @@ from labeling_ui.playground_parts import chips, note, refused
 from labeling_ui.playground_tabs import LONGEST, QUIET
 
 SENTENCE = "The cat sat on the mat because it was soft"
-_WORD = " it"
 _PICKS = """
 element.addEventListener('click', event => {
   const chosen = event.target.closest('[data-pick]');
@@ -183,11 +183,15 @@ def _pick(state: _Place, data: Any) -> None:
 
 
 def _first_place(found: list[Any]) -> int:
-    """The last `it` of the text, if it has one: a word that stands for another. Else its last token."""
-    for at in reversed(range(len(found))):
-        if found[at]["text"] == _WORD:
-            return at
-    return len(found) - 1
+    """Where the last `it` of the text ends, a word that stands for another; else the last token."""
+    text, ends = "", []
+    for row in found:
+        text += row["text"]
+        ends.append(len(text))
+    words = list(re.finditer(r"\bit\b", text))
+    if not words:
+        return len(found) - 1
+    return next(at for at, end in enumerate(ends) if end >= words[-1].end())
 
 
 def _picture(name: str) -> gr.HTML:

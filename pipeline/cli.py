@@ -459,6 +459,42 @@ def export(
 
 
 @app.command()
+def plan(
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG|RUN [KEY=VALUE]...",
+            help="What to plan, and settings to change; with --fit, run directories.",
+        ),
+    ],
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Fit a scaling law to the pretraining of several runs.")
+    ] = False,
+    flops: Annotated[
+        float | None, typer.Option(min=1, help="A budget to find the best model size for.")
+    ] = None,
+    hours: Annotated[
+        float | None, typer.Option(min=0.001, help="The same, in hours of this machine.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a run will take: parameters, FLOPs, memory, time, money; of a run, what it took.
+
+    Measures this machine for some ten seconds. --fit RUN... fits loss = E + A/N^alpha + B/D^beta to
+    runs of different sizes, and says what larger ones would reach.
+
+    Example:  prefline plan configs/demo.yaml ppo.updates=200
+    """
+    from pipeline import planning
+
+    if fit:
+        show = planning.fit_runs([Path(target) for target in targets], flops)
+    else:
+        show = planning.plan_target(Path(targets[0]), targets[1:], flops, hours)
+    print(json.dumps(show.row, indent=1) if as_json else "\n".join(show.lines))
+
+
+@app.command()
 def doctor() -> None:
     """Show versions and devices, and what is missing.
 

@@ -23,6 +23,7 @@ from pipeline.files import write_atomic
 from pipeline.plan import STAGES
 from pipeline.report_behaviour import behaviour
 from pipeline.report_charts import score_histograms, training_charts
+from pipeline.report_costs import cost_rows, plan_rows
 from pipeline.report_data import (
     StepView,
     chosen_samples,
@@ -38,7 +39,6 @@ from pipeline.report_plots import Row, finite, number, percent, win_bar
 from pipeline.report_reward import reward_view
 from pipeline.report_tables import (
     annotator_rows,
-    cost_rows,
     environment_rows,
     lineage_row,
     quality_rows,
@@ -126,7 +126,8 @@ def _view(run: Run, steps: list[StepView]) -> Row:
         "qualities": quality_rows(last),
         "behaviour": behaviour(last),
         "judges": judge_tables(last),
-        "costs": cost_rows(steps),
+        "costs": cost_rows(steps, settings.cost),
+        "planned": plan_rows(run, steps),
         "settings": setting_rows(run),
         "lineage": [lineage_row(step) for step in steps],
         "environments": environment_rows(steps),

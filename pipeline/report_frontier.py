@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from pipeline.files import read_json
 from pipeline.report_data import StepView, mapping
-from pipeline.report_plots import Mark, Point, Row, Series, chart, finite, number
+from pipeline.report_plots import Mark, Point, Row, Series, chart, finite, number, percent
 
 _GOLD = {
     "reward_model": "a reward model that is not optimised",
@@ -43,6 +43,7 @@ def _view(step: StepView, row: Row) -> Row:
         "sentence": _sentence(row, peak),
         "baseline": _baseline(row),
         "gold": _GOLD.get(str(row.get("gold")), "gold"),
+        "gold_accuracy": percent(row.get("gold_accuracy")),
     }
 
 

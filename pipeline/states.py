@@ -63,6 +63,7 @@ class StepState:
             "path": str(self.work / artifacts.FOLDER) if self.work and made else None,
             "metrics": made.metrics if made else {},
             "seconds": made.seconds if made else None,
+            "cost": made.cost if made else {},
         }
 
 

@@ -23,6 +23,7 @@ from pipeline.job import Out
 from pipeline.settings import Settings
 from stages import sharding
 from stages.attention import use_attention_in_fp32
+from stages.peak import matmul_flops_per_second
 
 _KINDS = (
     DistributedType.NO,
@@ -69,6 +70,9 @@ def start(settings: Settings, out: Out) -> Accelerator:
     sharding.check(accelerator, out.stage)
     if sharding.is_sharded(accelerator):
         out.derived["sharded_over"] = accelerator.num_processes
+    out.cost["peak_flops_per_second"] = matmul_flops_per_second(
+        accelerator.device, accelerator.mixed_precision == "bf16"
+    )
     return accelerator
 
 

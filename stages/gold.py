@@ -19,6 +19,8 @@ from stages.rewards import RewardModel, load_given
 from stages.rules import Messages, Rule, load_rule
 
 FOLDER = "gold"
+# a rule of thumb of ours; a coin has 0.5
+_WEAK = 0.55
 
 
 def load_gold(
@@ -85,4 +87,7 @@ def _trained(settings: Settings, inputs: Inputs, accelerator: Accelerator, out: 
             out.cost[name] = out.cost.get(name, 0.0) + value
     accuracy = json.loads((done / "reward.json").read_text(encoding="utf-8"))["accuracy"]
     out.derived["gold_accuracy"] = accuracy
+    if accuracy is not None:
+        weak = "" if accuracy > _WEAK else ": WARNING: too little to trust what it says"
+        out.say(f"ppo.gold: right in {accuracy:.3f} of the pairs that it has not seen{weak}")
     return str(done)

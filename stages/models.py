@@ -98,6 +98,18 @@ def load_causal_lm(item: Input) -> PreTrainedModel:
     return model.eval()
 
 
+def load_config(item: Input, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The configuration of `load_causal_lm(item)`, without its weights."""
+    where, extra = _locate(_user_source(item))
+    try:
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False, **extra)
+    except _LOAD_ERRORS as error:
+        raise ConfigError(f"{where}: no readable configuration: {_first_line(error)}") from None
+    switch_dropout_off(config)
+    config.vocab_size = max(config.vocab_size, len(tokenizer))
+    return config
+
+
 def load_reward_model(item: Input) -> PreTrainedModel:
     """A sequence classifier with one label, as `new_reward_model` makes it and `save_model` saves it."""
     hf_logging.disable_progress_bar()

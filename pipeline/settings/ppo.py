@@ -115,7 +115,8 @@ class PpoSettings(RewardedSettings):
         """Run directories of before `keep` say keep_best_by."""
         if isinstance(values, dict) and "keep_best_by" in values:
             values = dict(values)
-            values["keep"] = f"best_{values.pop('keep_best_by')}"
+            before = f"best_{values.pop('keep_best_by')}"
+            values.setdefault("keep", before)
         return values
 
     @model_validator(mode="after")

@@ -32,6 +32,7 @@ SURFACE = {
     "config": ["target", "overrides", "--fields"],
     "report": ["targets", "--to"],
     "export": ["target", "--to", "--what", "--adapter", "--licence", "--public", "--force"],
+    "plan": ["targets", "--fit", "--flops", "--hours", "--json"],
     "doctor": [],
 }
 

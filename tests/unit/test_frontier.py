@@ -217,14 +217,26 @@ def run_with_gold(work: Path, inputs: Inputs) -> tuple[Metrics, dict[str, Any]]:
     return metrics, out.derived
 
 
-def test_gold_may_be_learnt_from_the_held_out_rankings(inputs: Inputs, tmp_path: Path) -> None:
+def test_gold_may_be_learnt_from_the_held_out_rankings(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = with_rankings(inputs, tmp_path / "rankings")
+    with monkeypatch.context() as patch:
+        asked = iter([False, False, True])
+        patch.setattr(worker, "stop_requested", lambda: next(asked))
+        with pytest.raises(Stopped):
+            run_with_gold(tmp_path / "stopped", given)
+    assert not (tmp_path / "stopped" / "gold" / "model").exists()
+    run_with_gold(tmp_path / "stopped", given)
     metrics, derived = run_with_gold(tmp_path / "run", given)
     # on the rankings that the policy's own reward model learned from
     assert derived["gold_accuracy"] > 0.9
     assert "validation_gold" in metrics
     work = tmp_path / "run"
     assert (work / "gold" / "model" / "reward.json").is_file()
+    for name in ("model.safetensors", "reward.json"):
+        resumed = tmp_path / "stopped" / "gold" / "model" / name
+        assert resumed.read_bytes() == (work / "gold" / "model" / name).read_bytes()
     # its rows are not the policy's
     assert [row["step"] for row in rows_of(work)] == [0, 1, 2, 3]
     assert not (work / "gold" / "checkpoints").exists()
@@ -277,5 +289,11 @@ def test_a_reward_model_needs_rankings_or_a_folder() -> None:
 
 
 def test_a_run_of_before_says_keep_best_by() -> None:
-    tree = {"model": {"base": "b"}, "ppo": {"gold": None, "keep_best_by": "reward"}}
+    tree: dict[str, dict[str, Any]] = {
+        "model": {"base": "b"},
+        "ppo": {"gold": None, "keep_best_by": "reward"},
+    }
     assert Settings.model_validate(tree).ppo.keep == "best_reward"
+    # what is said now counts
+    tree["ppo"] |= {"gold": "reward_model", "gold_model": "x", "keep": "best_gold"}
+    assert Settings.model_validate(tree).ppo.keep == "best_gold"

@@ -128,3 +128,17 @@ def test_with_rules_for_a_reward_nothing_is_ranked():
         steps(**tree)
     with pytest.raises(ValueError, match="give both or neither"):
         steps(**tree, evaluate={"judge": "rule"})
+
+
+def test_ppo_reads_rankings_and_the_reward_settings_only_to_learn_a_gold_from_them():
+    tree = {"pretrain": PRETRAIN, "sft": SFT, "sample": SAMPLE}
+    plain = steps(**tree)["ppo"]
+    assert "rankings" not in plain.inputs
+    assert "reward" not in plain.stage.sections
+    own = steps(**tree, ppo={"gold": "reward_model"})["ppo"]
+    assert own.inputs["rankings"] == "rank"
+    assert "reward" in own.stage.sections
+    given = steps(**tree, ppo={"gold": "reward_model", "gold_model": "folder"})["ppo"]
+    assert given.sources["gold_model"] == ("folder",)
+    assert "rankings" not in given.inputs
+    assert "reward" not in given.stage.sections

@@ -205,6 +205,20 @@ def test_what_a_browser_sends_as_a_choice_is_read_with_care():
     assert (place.at, place.to, place.layer, place.head) == (6, 2, 0, 5)
 
 
+@pytest.mark.parametrize(
+    ("words", "place"),
+    [
+        (["The", " mat", " it", " was"], 2),
+        (["<s>", "The", " i", "t", " was", " it", " sof", "t"], 5),
+        (["bit", " by", " b", "it"], 3),
+        (["so i", "t is"], 1),
+        (["a"], 0),
+    ],
+)
+def test_the_page_begins_at_the_last_it(words, place):
+    assert playground_inspect._first_place([tok(word) for word in words]) == place
+
+
 # ---- conversations -------------------------------------------------------------------------
 
 

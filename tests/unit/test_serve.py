@@ -193,6 +193,35 @@ def test_people_who_talk_at_the_same_time_do_not_mix(server):
     assert all(look.result()[0] == 200 for look in looks)
 
 
+def test_leaving_a_stream_stops_the_model(server):
+    calls, left = [], threading.Event()
+
+    def count(*_):
+        calls.append(1)
+        if len(calls) > 2:
+            left.wait(120)
+
+    hook = server.models.model("sft").model.register_forward_pre_hook(count)
+    before = set(threading.enumerate())
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=120)
+    try:
+        asked = {"model": "sft", "messages": MESSAGES, "shaping": {}, "seed": 1, "max_tokens": 40}
+        connection.request("POST", "/chat", json.dumps(asked), {"authorization": "Bearer secret"})
+        answer = connection.getresponse()
+        assert json.loads(answer.readline())["tokens"] == 1
+        handlers = set(threading.enumerate()) - before
+        answer.close()
+        connection.close()
+        left.set()
+        for handler in handlers:
+            handler.join(120)
+        assert not any(handler.is_alive() for handler in handlers)
+        assert len(calls) < 10
+    finally:
+        left.set()
+        hook.remove()
+
+
 def test_an_answer_stops_at_what_the_model_can_read(server):
     last = say(server, max_tokens=500, repetition_penalty=1.5)[-1]
     assert last["ended"] or (last["full"] and last["prompt_tokens"] + last["tokens"] == 64)
