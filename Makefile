@@ -4,6 +4,7 @@
 #                     chromium-driver:  apt-get install chromium chromium-driver
 # make lint   ruff and mypy                    make bench  against the peers, writes docs/benchmarks.md
 # make faults  kill a small line at 70 moments and resume it, writes docs/faults.md (half an hour)
+# make sweep  nine tiny models of three sizes and three lengths, and a scaling law fitted to them (some minutes)
 # make mutants  break the arithmetic of PPO and of the reward losses bit by bit, writes docs/mutants.md
 #
 # Each needs Python >= 3.11, make and git only: .venv is made on the first call, and again only when
@@ -15,7 +16,7 @@ BIN := .venv/bin
 # two tests at a time, one thread each: faster on two cores than the other way round
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test slow test-browser bench faults mutants lint clean
+.PHONY: demo test slow test-browser bench faults sweep mutants lint clean
 
 demo: $(STAMP)
 	$(BIN)/prefline run configs/demo.yaml
@@ -39,6 +40,12 @@ bench: $(STAMP)
 
 faults: $(STAMP)
 	$(BIN)/python -m tests.faults --page docs/faults.md
+
+sweep: $(STAMP)
+	for size in 24 48 96; do for steps in 250 600 1500; do \
+	  $(BIN)/prefline run configs/sweep.yaml run.name=sweep-$$size-$$steps \
+	    model.hidden_size=$$size pretrain.steps=$$steps || exit; done; done
+	$(BIN)/prefline plan --fit runs/sweep-*
 
 mutants: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants

@@ -14,7 +14,7 @@ from sqlalchemy.engine import Connection
 
 from labeling_ui.handout import KINDS
 from labeling_ui.pace import Lease, Pace, Times, leases, pace, times
-from labeling_ui.schema import assignments, queues, rankings, tasks, users
+from labeling_ui.schema import assignments, events, queues, rankings, tasks, users
 from labeling_ui.store import EXTRA
 
 
@@ -140,8 +140,8 @@ def why_left_out(status: str, task_kind: str, superseded: bool, late: bool) -> s
         return "superseded"
     if status in ("skipped", "all_bad"):
         return status
-    # known answers and repeats measure annotators, they teach nothing
-    if task_kind in ("gold", "repeat"):
+    # known answers and repeats measure annotators, judgements measure models: they teach nothing
+    if task_kind in ("gold", "repeat", "judge"):
         return task_kind
     return "late" if late else None
 
@@ -172,7 +172,12 @@ def labels(tx: Connection, step: str) -> dict[str, int]:
         .where(_TEACHES, elsewhere | here if by_people == "people" else elsewhere)
     )
     row = tx.execute(query).one()
-    return {"rankings": int(row.rankings), "rows": int(row.rows)}
+    found = {"rankings": int(row.rankings), "rows": int(row.rows)}
+    # others may have ranked as much since: the counts alone would look as they did before
+    forgotten = sa.select(sa.func.count()).where(events.c.kind == "forgotten")
+    if people := tx.execute(forgotten.select_from(events)).scalar_one():
+        found["forgotten"] = int(people)
+    return found
 
 
 def _uses(tx: Connection) -> dict[int, Counter[str]]:

@@ -86,6 +86,17 @@ def times(tx: Connection) -> Times:
     )
 
 
+def human_minutes(tx: Connection, step: str) -> float:
+    """Minutes that people have spent on a step's queue with the page in front, changes and skips
+    included."""
+    query = (
+        sa.select(sa.func.sum(rankings.c.active_seconds))
+        .select_from(rankings.join(tasks, tasks.c.id == rankings.c.task_id))
+        .where(tasks.c.step == step, rankings.c.source == "app")
+    )
+    return float(tx.execute(query).scalar() or 0.0) / 60
+
+
 def leases(tx: Connection, now: float, most: int = 200) -> tuple[Lease, ...]:
     query = (
         sa.select(

@@ -31,6 +31,7 @@ from labeling_ui.agreement import pairwise_agreement
 from labeling_ui.counting import labels
 from labeling_ui.exporting import snapshot
 from labeling_ui.importing import Report, import_rankings
+from labeling_ui.pace import human_minutes
 from labeling_ui.progress import write_progress
 from labeling_ui.schema import queues, tasks
 from labeling_ui.simulate import rank_all
@@ -76,6 +77,8 @@ def rank_in(store: Store, settings: Settings, inputs: Inputs, out: Out) -> Metri
     # comes between is found to be new
     with store.read() as tx:
         out.derived["labels"] = labels(tx, out.step)
+        if minutes := human_minutes(tx, out.step):
+            out.cost["human_minutes"] = round(minutes, 2)
     rankings = _collect(store, settings, imported.kept | done, out)
     if "rankings" in inputs:
         before = _artifact_rows(inputs["rankings"], "rankings.jsonl")

@@ -106,12 +106,13 @@ def _run(
     finish: bool = False,
     wait: bool | None = None,
 ) -> None:
-    from pipeline import lend, runner, sources, trackers, waiting, workspace
+    from pipeline import launch, lend, runner, sources, trackers, waiting, workspace
 
     draft = workspace.draft_run(target, overrides or ())
     runner.select(draft.settings, until, only)
     sources.check_all(draft.settings)
     trackers.check(draft.settings.run.tracker)
+    launch.check_profile(draft.settings.launch.profile)
     if dry_run:
         for line in runner.dry_run(draft, until, only):
             print(line)
@@ -256,6 +257,39 @@ def _pass_on(module: str, arguments: list[str]) -> None:
     if words and not words[0].startswith("-"):
         words[0] = str(workspace.open_run(Path(words[0])).path)
     raise typer.Exit(launch.call(module, words or ["--help"]))
+
+
+# ---- playing -------------------------------------------------------------------------------
+
+Model = Annotated[
+    str, typer.Argument(metavar="RUN|MODEL", help="A run, a model folder, a GGUF file or a hub id.")
+]
+Port = Annotated[int, typer.Option(help="Port on 127.0.0.1 to listen on.")]
+
+
+@app.command()
+def chat(target: Model, port: Port = 7861) -> None:
+    """Talk to base, sft and the policies side by side, in a browser, until Ctrl-C.
+
+    Example:  prefline chat runs/demo
+    """
+    _play(target, "chat", port)
+
+
+@app.command()
+def inspect(target: Model, port: Port = 7861) -> None:
+    """Look inside a model: tokens, odds, attention, losses, in a browser, until Ctrl-C.
+
+    Example:  prefline inspect runs/demo
+    """
+    _play(target, "inspect", port)
+
+
+def _play(target: str, page: str, port: int) -> None:
+    from pipeline import launch
+
+    arguments = [target, "--page", page, "--port", str(port)]
+    raise typer.Exit(launch.call("labeling_ui.playground", arguments))
 
 
 # ---- looking -------------------------------------------------------------------------------
@@ -422,6 +456,42 @@ def export(
     if repository:
         raise typer.Exit(exports.export_hub(opened, repository, request, public))
     print(exports.export_folder(opened, Path(to), request))
+
+
+@app.command()
+def plan(
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG|RUN [KEY=VALUE]...",
+            help="What to plan, and settings to change; with --fit, run directories.",
+        ),
+    ],
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Fit a scaling law to the pretraining of several runs.")
+    ] = False,
+    flops: Annotated[
+        float | None, typer.Option(min=1, help="A budget to find the best model size for.")
+    ] = None,
+    hours: Annotated[
+        float | None, typer.Option(min=0.001, help="The same, in hours of this machine.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a run will take: parameters, FLOPs, memory, time, money; of a run, what it took.
+
+    Measures this machine for some ten seconds. --fit RUN... fits loss = E + A/N^alpha + B/D^beta to
+    runs of different sizes, and says what larger ones would reach.
+
+    Example:  prefline plan configs/demo.yaml ppo.updates=200
+    """
+    from pipeline import planning
+
+    if fit:
+        show = planning.fit_runs([Path(target) for target in targets], flops)
+    else:
+        show = planning.plan_target(Path(targets[0]), targets[1:], flops, hours)
+    print(json.dumps(show.row, indent=1) if as_json else "\n".join(show.lines))
 
 
 @app.command()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import sys
 import time
@@ -15,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipeline.files import replace_durably, sync
 from pipeline.records import canonical_json
 
 Metrics = dict[str, Any]
@@ -93,6 +95,7 @@ class Out:
     checkpoints: folder for the stage's own checkpoints.
     contract, derived, cost: dicts that the stage fills; they go into the manifest.
     resumed_from: set by the stage to the step it continued from.
+    steps_per_row: optimiser steps, which number a Trainer's checkpoints, to a row of the metrics.
     """
 
     def __init__(self, job: Job, rank: int = 0, world_size: int = 1) -> None:
@@ -110,7 +113,8 @@ class Out:
         self.cost: dict[str, float] = {"tokens": 0, "flops": 0.0}
         self.resumed_from: int | None = None
         self.tracker: Tracker | None = None
-        self._last_beat = 0.0
+        self.steps_per_row = 1
+        self._last_beat = -math.inf
         self._last_shown = 0.0
 
     @property
@@ -169,6 +173,12 @@ class Out:
         )
         self.say(f"step {step}  {shown}")
 
+    def keep_rows(self) -> None:
+        """Wait until the rows written so far are on disk: a checkpoint that is there has its rows."""
+        for path in (self._metrics, self._samples):
+            if self.rank == 0 and path.exists():
+                sync(path)
+
     def sample(self, step: int, **row: Any) -> None:
         """One text that the model wrote, with its prompt, as a row of samples.jsonl."""
         self._append(self._samples, step, row)
@@ -194,15 +204,16 @@ class Out:
             kept = [row for row in rows if step is not None and json.loads(row)["step"] <= step]
             temporary = path.with_suffix(".tmp")
             temporary.write_bytes(b"".join(row + b"\n" for row in kept))
-            os.replace(temporary, path)
+            replace_durably(temporary, path)
 
     def progress(self, done: int, total: int, unit: str = "step") -> None:
         """A heartbeat, at most twice a second: `status` shows it and can tell alive from dead."""
-        now = time.time()
+        # a clock that is set back must not silence it
+        now = time.monotonic()
         if self.rank != 0 or (now - self._last_beat < 0.5 and done < total):
             return
         self._last_beat = now
-        beat = {"done": done, "total": total, "unit": unit, "pid": os.getpid(), "time": now}
+        beat = {"done": done, "total": total, "unit": unit, "pid": os.getpid(), "time": time.time()}
         temporary = self.work / "heartbeat.tmp"
         temporary.write_text(json.dumps(beat), encoding="utf-8")
         os.replace(temporary, self.work / "heartbeat.json")

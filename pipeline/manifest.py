@@ -142,8 +142,8 @@ def hashed_settings(settings: Settings, stage: Stage) -> dict[str, Any]:
 
 
 def unhashed_settings(settings: Settings, stage: Stage) -> dict[str, Any]:
-    """The settings that are recorded only, those of run and launch included."""
-    rows = flat_settings(settings, ("run", "launch", *stage.sections))
+    """The settings that are recorded only, those of run, launch and cost included."""
+    rows = flat_settings(settings, ("run", "launch", "cost", *stage.sections))
     return {key: value for key, (value, hashed) in rows.items() if not hashed}
 
 

@@ -187,7 +187,7 @@ def shown_annotators(rows: Iterable[Row]) -> dict[str, str]:
     sorts: dict[str, str] = {}
     for row in rows:
         sorts[str(row["annotator"])] = _sort(row)
-    shown = {}
+    shown: dict[str, str] = {}
     # in the order of a hash, so that the numbers do not tell the order of the names
     for name in sorted(sorts, key=lambda name: content_id("annotator", name)):
         kept = sorts[name] == "simulated" or name.startswith("p-")

@@ -14,6 +14,14 @@ from pipeline.settings import Settings
 # what sample reads where it chooses among prompts, and only there: else they make nothing stale
 _SELECTING = ("select", "rank.heldout_fraction")
 
+_ANSWERING = tuple(
+    f"evaluate.{name}"
+    for name in ("max_prompts", "max_prompt_tokens", "max_response_tokens", "temperature")
+)
+_JUDGING = tuple(f"evaluate.people.{name}" for name in ("overlap", "minimum", "lease_minutes"))
+# steps that a command runs before its own, where the line has them
+COMES_WITH = {"evaluate": ("answers", "judge")}
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -41,6 +49,8 @@ STAGES: dict[str, Stage] = {
         Stage("kto", "stages.kto", 1, "policy", ("model", "kto")),
         Stage("grpo", "stages.grpo", 1, "policy", ("model", "sample", "grpo")),
         Stage("rloo", "stages.rloo", 1, "policy", ("model", "sample", "rloo")),
+        Stage("answers", "stages.answers", 1, "answers", ("model", "sample", *_ANSWERING)),
+        Stage("judge", "labeling_ui.judge", 1, "judgements", ("rank.store", *_JUDGING)),
         Stage(
             "evaluate",
             "stages.evaluate",
@@ -175,22 +185,34 @@ def _rounds(settings: Settings, steps: _Steps, before_sft: str | None, sft: str 
         judged_on = settings.evaluate.prompts
         if not settings.has_rankings:
             judged_on = judged_on or sources["prompts"]
+        models = {
+            "policy": policy,
+            "sft": sft,
+            "base": before_sft if before_sft != sft else None,
+            "prompts": None if judged_on else samples or rankings,
+        }
+        given = {
+            "sft": None if sft else base,
+            "base": base if (before_sft is None and sft) else None,
+            "prompts": judged_on,
+        }
+        answers = judgements = None
+        if "people" in settings.evaluate.judges:
+            answers = add("answers", round, models, given)
+            judgements = add("judge", round, {"answers": answers}, {})
         add(
             "evaluate",
             round,
             {
-                "policy": policy,
+                **models,
                 **earlier,
-                "sft": sft,
-                "base": before_sft if before_sft != sft else None,
                 "rankings": rankings,
                 "reward_model": reward,
-                "prompts": None if judged_on else samples or rankings,
+                "answers": answers,
+                "judgements": judgements,
             },
             {
-                "sft": None if sft else base,
-                "base": base if (before_sft is None and sft) else None,
-                "prompts": judged_on,
+                **given,
                 "text": settings.evaluate.text or settings.pretrain.data or settings.sft.data,
                 **{
                     role: getattr(settings.evaluate, role)

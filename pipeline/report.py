@@ -23,6 +23,7 @@ from pipeline.files import write_atomic
 from pipeline.plan import STAGES
 from pipeline.report_behaviour import behaviour
 from pipeline.report_charts import score_histograms, training_charts
+from pipeline.report_costs import cost_rows, plan_rows
 from pipeline.report_data import (
     StepView,
     chosen_samples,
@@ -30,6 +31,7 @@ from pipeline.report_data import (
     read_step,
     texts,
 )
+from pipeline.report_failures import failures
 from pipeline.report_frontier import frontier_views
 from pipeline.report_judges import TITLES, judge_tables
 from pipeline.report_notes import careful_notes
@@ -37,7 +39,6 @@ from pipeline.report_plots import Row, finite, number, percent, win_bar
 from pipeline.report_reward import reward_view
 from pipeline.report_tables import (
     annotator_rows,
-    cost_rows,
     environment_rows,
     lineage_row,
     quality_rows,
@@ -112,6 +113,7 @@ def _view(run: Run, steps: list[StepView]) -> Row:
             {},
         ),
         "wins": [(s.round, *_interval(s.metrics), win_bar(*_interval(s.metrics))) for s in judged],
+        "failures": failures(run, steps),
         "notes": careful_notes(settings, steps, comparisons),
         "learning": _learning(steps),
         "frontiers": frontier_views(steps),
@@ -124,7 +126,8 @@ def _view(run: Run, steps: list[StepView]) -> Row:
         "qualities": quality_rows(last),
         "behaviour": behaviour(last),
         "judges": judge_tables(last),
-        "costs": cost_rows(steps),
+        "costs": cost_rows(steps, settings.cost),
+        "planned": plan_rows(run, steps),
         "settings": setting_rows(run),
         "lineage": [lineage_row(step) for step in steps],
         "environments": environment_rows(steps),

@@ -22,16 +22,16 @@ MUCH_UNREAD = 0.05
 def judge_tables(evaluate: StepView | None) -> Row:
     """comparisons: one row each judge and two models. trust: one row a judge, and the ceiling."""
     metrics = evaluate.metrics if evaluate else {}
-    judges = _judges(metrics)
+    known = judges(metrics)
     return {
         # judges of the same two models stand together
         "comparisons": [
             row
-            for models in _compared(metrics)
-            for judge in judges
+            for models in compared(metrics)
+            for judge in known
             if (row := _comparison(metrics, *models, *judge))
         ],
-        "trust": [row for judge in judges if (row := _trust(metrics, *judge))],
+        "trust": [row for judge in known if (row := _trust(metrics, *judge))],
         "ceiling": _interval(metrics, "annotator_agreement"),
         "ceiling_pairs": finite(metrics.get("annotator_agreement_pairs")),
         "by": BASIS.get(str(metrics.get("labels_by")), "the annotators"),
@@ -40,9 +40,9 @@ def judge_tables(evaluate: StepView | None) -> Row:
 
 def judge_notes(metrics: Row) -> Iterator[str]:
     """What speaks against believing a judge."""
-    if not (judges := _judges(metrics)):
+    if not (known := judges(metrics)):
         return
-    first, title = judges[0]
+    first, title = known[0]
     rate, low, high = (
         finite(metrics.get(f"judge_{first}_win_rate_vs_sft{end}")) for end in ("", "_low", "_high")
     )
@@ -56,13 +56,13 @@ def judge_notes(metrics: Row) -> Iterator[str]:
             f"Length decides: at equal length the win rate is {percent(equal)} ({percent(equal_low)} to"
             f" {percent(equal_high)}) instead of {percent(rate)}."
         )
-    for judge, other in judges[1:]:
+    for judge, other in known[1:]:
         ends = [
             finite(metrics.get(f"judge_{judge}_win_rate_vs_sft_{end}")) for end in ("low", "high")
         ]
         if None not in (low, high, *ends) and _above(low, high) * _above(*ends) < 0:
             yield f"The judges disagree: {title} and {other} prefer different models."
-    for judge, title in judges:
+    for judge, title in known:
         bias = finite(metrics.get(f"judge_{judge}_position_bias"))
         if bias is not None and bias > MUCH_BIAS:
             yield (
@@ -81,7 +81,7 @@ def _above(low: float | None, high: float | None) -> int:
     return (low > 0.5) - (high < 0.5)
 
 
-def _judges(metrics: Row) -> list[tuple[str, str]]:
+def judges(metrics: Row) -> list[tuple[str, str]]:
     """(name, title) of each, in the order of the settings; none in evaluations of before."""
     names, titles = metrics.get("judges"), metrics.get("judge_titles")
     if not isinstance(names, list) or not isinstance(titles, list) or len(names) != len(titles):
@@ -89,15 +89,19 @@ def _judges(metrics: Row) -> list[tuple[str, str]]:
     return [(str(n), TITLES.get(str(t), str(t))) for n, t in zip(names, titles, strict=True)]
 
 
-def _compared(metrics: Row) -> list[tuple[str, str]]:
+def compared(metrics: Row) -> list[tuple[str, str]]:
     found = metrics.get("compared")
     rows = found if isinstance(found, list) else []
     return [(str(row[0]), str(row[1])) for row in rows if isinstance(row, list) and len(row) == 2]
 
 
+def metric_of(first: str, second: str) -> str:
+    """The metric of two models, behind the name of the judge."""
+    return f"{'' if first == 'policy' else f'{first}_'}win_rate_vs_{second}"
+
+
 def _comparison(metrics: Row, first: str, second: str, judge: str, title: str) -> Row | None:
-    prefix = "" if first == "policy" else f"{first}_"
-    name = f"judge_{judge}_{prefix}win_rate_vs_{second}"
+    name = f"judge_{judge}_{metric_of(first, second)}"
     rate, low, high = _interval(metrics, name)
     if rate is None:
         return None

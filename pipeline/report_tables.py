@@ -33,20 +33,6 @@ def quality_rows(evaluate: StepView | None) -> list[tuple[str, list[float | None
     return rows
 
 
-def cost_rows(steps: Iterable[StepView]) -> Row:
-    """Seconds, tokens, FLOPs and peak memory of every result, and the sums of the first three."""
-    keys = ("seconds", "tokens", "flops", "peak_memory_bytes")
-    costs = [
-        (step, [finite(step.cost.get(key)) for key in keys]) for step in steps if step.manifest
-    ]
-    total = [sum(cost[i] or 0.0 for _, cost in costs) for i in range(3)]
-    rows = [
-        (step, *cost, share_bar((cost[0] or 0.0) / total[0] if total[0] else 0.0))
-        for step, cost in costs
-    ]
-    return {"rows": rows, "total": total}
-
-
 def setting_rows(run: Run) -> dict[str, list[Row]]:
     """Every setting by section: its value, its default, who set it, and what it means."""
     values = run.settings.model_dump(mode="json")

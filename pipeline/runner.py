@@ -24,7 +24,7 @@ from pipeline.errors import (
 )
 from pipeline.job import Job
 from pipeline.manifest import InputRecord, Manifest
-from pipeline.plan import STAGES, Step, plan
+from pipeline.plan import COMES_WITH, STAGES, Step, plan
 from pipeline.settings import Settings
 from pipeline.states import Inspector, StepState, inspect
 from pipeline.workspace import Run
@@ -38,6 +38,8 @@ _VERBS = {
     "rankings": "rank",
     "reward_model": "train",
     "policy": "train",
+    "answers": "ask the models",
+    "judgements": "ask people",
     "evaluation": "evaluate",
 }
 _PACKAGES = (
@@ -63,7 +65,13 @@ def select(settings: Settings, until: str | None = None, only: str | None = None
     wanted = until or only
     if wanted is None:
         return steps
-    chosen = [i for i, step in enumerate(steps) if wanted in (step.name, step.stage.name)]
+    # people judge in steps of their own, which belong to the command
+    with_it = COMES_WITH.get(wanted, ()) if only else ()
+    chosen = [
+        i
+        for i, step in enumerate(steps)
+        if wanted in (step.name, step.stage.name) or step.stage.name in with_it
+    ]
     if not chosen:
         names = [step.name for step in steps]
         close = difflib.get_close_matches(wanted, [*names, *STAGES], n=1)
@@ -242,7 +250,7 @@ def _run_step(run: Run, crew: Crew, state: StepState) -> None:
     except ToolkitError as error:
         # on a full disk the reason matters more than its record
         with contextlib.suppress(OSError):
-            run.record("failed", **facts, reason=error.message)
+            run.record("failed", **facts, reason=error.message, hint=error.hint)
         raise
     run.record("done", **facts)
 

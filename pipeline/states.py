@@ -63,6 +63,7 @@ class StepState:
             "path": str(self.work / artifacts.FOLDER) if self.work and made else None,
             "metrics": made.metrics if made else {},
             "seconds": made.seconds if made else None,
+            "cost": made.cost if made else {},
         }
 
 
@@ -206,6 +207,8 @@ class Inspector:
         more = labels["rankings"] - then["rankings"]
         words = "new ranking" if more == 1 else "new rankings"
         reason = f"{more} {words}" if more > 0 else "rankings were changed"
+        if labels.get("forgotten") != then.get("forgotten"):
+            reason = "an annotator was forgotten"
         fingerprint = content_id("labels", fingerprint, labels)
         word, progress = self._unfinished(
             step, fingerprint, self.run.step_dir(step.name, fingerprint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from pipeline import ledger
 from pipeline.config import field_paths
 from pipeline.manifest import defaults, is_hashed, show
 from pipeline.settings import Settings
@@ -23,6 +24,8 @@ _HEADLINES = {
     "kto": ("heldout_accuracy", "held-out accuracy {:.3f}"),
     "grpo": ("validation_reward", "validation reward {:.3f}"),
     "rloo": ("validation_reward", "validation reward {:.3f}"),
+    "answers": ("prompts", "{:.0f} prompts"),
+    "judge": ("judgements", "{:.0f} judgements"),
     "evaluate": ("win_rate_vs_sft", "win rate {:.3f}"),
 }
 
@@ -44,13 +47,22 @@ def align(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list[str]
 
 
 def status_lines(states: Sequence[StepState]) -> list[str]:
-    """One line a step: state, seconds, the metric that says most."""
+    """One line a step: state, seconds, the metric that says most; and what it all has cost."""
     rows = [("step", "state", "seconds", "result")]
     for state in states:
         made = state.manifest if state.word in ("done", "damaged") else None
         seconds = f"{made.seconds:.1f}" if made else ""
         rows.append((state.step.name, state.text, seconds, _headline(state)))
-    return align(rows, right=(2,))
+    return align(rows, right=(2,)) + _cost_lines(states)
+
+
+def _cost_lines(states: Sequence[StepState]) -> list[str]:
+    made = [s.manifest for s in states if s.manifest and s.word in ("done", "damaged")]
+    if not made:
+        return []
+    currencies = {str(m.unhashed.get("cost.currency", "")) for m in made}
+    currency = currencies.pop() if len(currencies) == 1 else ""
+    return ["", f"together: {ledger.line(ledger.total(m.cost for m in made), currency)}"]
 
 
 def _headline(state: StepState) -> str:

@@ -178,7 +178,7 @@ def run_job(job: Job, rank: int, world_size: int) -> None:
     settings = Settings.model_validate(job.settings)
     run: Run = importlib.import_module(_module(job.module)).run
     # the clock starts here: imports are the line's overhead, not the stage's work
-    meter, started = Meter(), _now()
+    meter, started = Meter(settings.cost, world_size), _now()
     if stop_requested():
         raise Stopped(f"{job.step}: stopped before it began")
     if rank == 0 and settings.run.tracker != "none":
@@ -211,6 +211,7 @@ def run_job(job: Job, rank: int, world_size: int) -> None:
             "seconds": cost["seconds"],
         }
     )
+    out.keep_rows()
     artifacts.publish(job.work, draft)
     out.say(f"done in {cost['seconds']:.1f} s")
 

@@ -18,7 +18,7 @@ from pipeline.job import Inputs, Out
 from pipeline.records import Prompt
 from pipeline.settings import Settings
 from pipeline.tasks import Task, read_task
-from stages.answering import once
+from stages.answering import longest_question, once
 from stages.benchmarks import Asked, score_task
 from stages.chat import decode_response, encode_prompt
 from stages.common import num_parameters, own_share, seed_for, stop_if_asked
@@ -65,12 +65,11 @@ def prepare(
     inputs: Inputs,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[PromptIds],
-    max_tokens: int,
     out: Out,
 ) -> Looks:
     """Read tasks, prompts and labels that evaluate asks for; say what cannot be used.
 
-    prompts: those of the comparison. max_tokens: the longest prompt.
+    prompts: those of the comparison.
 
     Raises:
         ConfigError, DataError: a task file, its data or a prompt file is wrong, with its place.
@@ -90,7 +89,9 @@ def prepare(
         found, tally = read_refusal_prompts(inputs["refusal_prompts"].sources)
         out.say(f"refusal prompts: {tally.summary()}")
         group_of = {prompt.id: group for prompt, group in found}
-        refusals = encode_prompts([prompt for prompt, _ in found], tokenizer, max_tokens, out)
+        refusals = encode_prompts(
+            [prompt for prompt, _ in found], tokenizer, longest_question(settings, inputs, out), out
+        )
         groups = [group_of[p.prompt.id] for p in refusals]
     people = None
     if "refusal_annotations" in inputs:
@@ -104,7 +105,9 @@ def prepare(
         toxicity_prompts = prompts
         if "toxicity_prompts" in inputs:
             loaded = load_prompts(inputs["toxicity_prompts"], settings, out, "test")
-            toxicity_prompts = encode_prompts(loaded, tokenizer, max_tokens, out)
+            toxicity_prompts = encode_prompts(
+                loaded, tokenizer, longest_question(settings, inputs, out), out
+            )
     return Looks(tasks, refusals, groups, people, scorer, toxicity_prompts)
 
 

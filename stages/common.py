@@ -23,6 +23,7 @@ from pipeline.job import Out
 from pipeline.settings import Settings
 from stages import sharding
 from stages.attention import use_attention_in_fp32
+from stages.peak import matmul_flops_per_second
 
 _KINDS = (
     DistributedType.NO,
@@ -69,6 +70,9 @@ def start(settings: Settings, out: Out) -> Accelerator:
     sharding.check(accelerator, out.stage)
     if sharding.is_sharded(accelerator):
         out.derived["sharded_over"] = accelerator.num_processes
+    out.cost["peak_flops_per_second"] = matmul_flops_per_second(
+        accelerator.device, accelerator.mixed_precision == "bf16"
+    )
     return accelerator
 
 
@@ -147,16 +151,6 @@ def stop_if_asked(accelerator: Accelerator, out: Out, save: Callable[[], None]) 
     if sum_over_ranks(accelerator)(asked).item() > 0:
         save()
         raise Stopped(f"{out.step}: stopped by a signal; everything is saved")
-
-
-def check_finite(step: int, what: str, **values: float) -> None:
-    """Raise StageError if a number is NaN or infinite, before it reaches a checkpoint."""
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise StageError(
-                f"{what}: {name} is {value} at step {step}; the weights would be lost",
-                f"Lower {what}.lr or {what}.max_grad_norm; the last checkpoint is whole.",
-            )
 
 
 def adamw(

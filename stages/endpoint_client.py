@@ -73,13 +73,16 @@ class Endpoint:
         Ends early, with what there is, when a signal asks this process to stop.
 
         Args:
-            kept: file that gets every answer as it comes, and is not asked for again.
+            kept: file that gets every answer as it comes. What it holds is not asked for again, nor
+                what the files of other processes beside it hold (`endpoint-0-of-2.jsonl`).
 
         Raises:
             StageError: the server cannot be used, or does not answer after all attempts.
         """
         wanted = {self.id_of(text): text for text in texts}
-        found = {key: row for key, row in kept_answers(kept).items() if key in wanted}
+        beside = sorted(kept.parent.glob(f"{kept.stem.partition('-')[0]}*.jsonl"))
+        before = {key: row for file in beside for key, row in kept_answers(file).items()}
+        found = {key: row for key, row in before.items() if key in wanted}
         missing = [key for key in wanted if key not in found]
         with (
             kept.open("a", encoding="utf-8") as file,
@@ -164,7 +167,7 @@ class Endpoint:
 def kept_answers(file: Path) -> dict[str, Row]:
     """The answers in a file of `ask_all`, by id; a line that a kill has torn is left out."""
     rows = {}
-    for line in file.read_bytes().split(b"\n") if file.exists() else ():
+    for line in file.read_bytes().split(b"\n"):
         with contextlib.suppress(ValueError):
             row = json.loads(line)
             rows[row["id"]] = row

@@ -1,8 +1,8 @@
 """evaluate: policy against sft (and base) on prompts that no stage was trained on.
 
 Reads: `policy`, `sft`, `base` where there is one, `policy_1` and so on (of earlier rounds), `rankings`
-where there are any, `prompts`, `text`, and `reward_model` where there is one: for the score token by token,
-and for the best of n sft responses as a baseline (evaluate.best_of).
+where there are any, `prompts`, `text`; `answers` and `judgements` where people judge; and `reward_model` where
+there is one: for the score token by token, and for the best of n sft responses as a baseline (evaluate.best_of).
 Writes an `evaluation`: `evaluation.json`, `comparisons.jsonl` (the answers side by side), `tokens.jsonl` (the
 policy's, token by token) and rows of what else was asked for (docs/evaluation.md).
 
@@ -39,7 +39,7 @@ from pipeline import worker
 from pipeline.job import Inputs, Metrics, Out
 from pipeline.records import Prompt, write_jsonl
 from pipeline.settings import Settings
-from stages.answering import Answers, answer, best_of_n, best_of_n_kl
+from stages.answering import Answers, answer, best_of_n, best_of_n_kl, prompts_to_answer
 from stages.behaviour import Seen, look_at, prepare
 from stages.behaviour_summary import summarise
 from stages.common import seed_for, start, stop_if_asked
@@ -48,7 +48,7 @@ from stages.judges import judge_all, rubric_metrics
 from stages.judging import text_metrics
 from stages.label_agreement import Labels, annotator_agreement, read_labels
 from stages.models import load_causal_lm, load_reward_model, load_tokenizer
-from stages.prompts import PromptIds, encode_prompts, load_prompts, longest_prompt, of_split
+from stages.prompts import PromptIds
 from stages.rollout import all_logprobs, make_sequences
 from stages.token_view import token_rows
 from stages.verdicts import (
@@ -78,29 +78,22 @@ _FIRST_JUDGE = {
 def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     accelerator = start(settings, out)
     tokenizer = load_tokenizer(inputs["policy"])
-    # a file that is given for this is for this; of one that ppo trains on, the test split only
-    unmarked = "test" if settings.evaluate.prompts else None
-    found = of_split(load_prompts(inputs["prompts"], settings, out, unmarked), "test", settings)
-    max_tokens = longest_prompt(
-        settings.evaluate.max_prompt_tokens,
-        settings.evaluate.max_response_tokens,
-        inputs["policy"].contract.get("max_length"),
-        out,
-    )
-    prompts = encode_prompts(found, tokenizer, max_tokens, out)
-    prompts = prompts[: settings.evaluate.max_prompts]
+    prompts = prompts_to_answer(settings, inputs, out)
     documents = heldout_text(settings, inputs, out)
-    looks = prepare(settings, inputs, tokenizer, prompts, max_tokens, out)
+    looks = prepare(settings, inputs, tokenizer, prompts, out)
 
     metrics: Metrics = {"prompts": len(prompts)}
     answers: dict[str, Answers] = {}
     seen: dict[str, Seen] = {}
     models = [role for role in _MODELS if role in inputs] + earlier_policies(inputs)
+    asked_before = inputs["answers"].path if "answers" in inputs else None
     for role in models:
         stop_if_asked(accelerator, out, lambda: None)
         model = load_causal_lm(inputs[role]).to(accelerator.device).eval()
         own_tokenizer = load_tokenizer(inputs[role])
-        answers[role] = answer(settings, role, model, own_tokenizer, prompts, accelerator, out)
+        answers[role] = answer(
+            settings, role, model, own_tokenizer, prompts, accelerator, out, asked_before
+        )
         if role == "sft":
             ref_BR = _ref_logprobs(
                 settings, answers["policy"], model, prompts, tokenizer, accelerator

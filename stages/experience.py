@@ -28,6 +28,7 @@ from stages.rewards import RewardModel, Rewards
 from stages.rollout import Sequences, all_logprobs, make_sequences, mean_repetition
 from stages.rules import Rule
 from stages.sharding import whole
+from stages.stops import distinct_responses
 
 
 @dataclass
@@ -219,6 +220,7 @@ def rollout_metrics(rollout: Rollout, kl_coef: float) -> Metrics:
     """Means over responses; kl in nats a response; see the docstring of `stages.ppo`."""
     valid_BR = rollout.batch.valid_BR
     kl = ppo_math.kl_estimates(rollout.logprobs_BR, rollout.ref_logprobs_BR, valid_BR)
+    responses = rollout.batch.as_lists(rollout.batch.responses_BR)
     score, kl_nats = rollout.scores_B.mean().item(), kl.k1_BR.sum(-1).mean().item()
     row = {
         "score": score,
@@ -228,7 +230,8 @@ def rollout_metrics(rollout: Rollout, kl_coef: float) -> Metrics:
         "kl_coef": kl_coef,
         "response_tokens": rollout.batch.response_tokens_B.float().mean().item(),
         "eos_rate": rollout.ended_B.float().mean().item(),
-        "repetition": mean_repetition(rollout.batch.as_lists(rollout.batch.responses_BR)),
+        "repetition": mean_repetition(responses),
+        "distinct_responses": distinct_responses(responses),
     }
     if rollout.engine_logprobs_BR is not None:
         apart = ppo_math.kl_estimates(rollout.engine_logprobs_BR, rollout.logprobs_BR, valid_BR)

@@ -107,7 +107,9 @@ def save(adapted: PeftModel, folder: Path) -> None:
 def largest_difference(policy: PreTrainedModel, adapted: PeftModel) -> float:
     """Between a weight of the policy and the same after merging the adapters."""
     merged = dict(merge_lora(adapted).named_parameters())
-    return max(float((own - merged[name]).abs().max()) for name, own in policy.named_parameters())
+    return max(
+        float((own - merged[name]).detach().abs().max()) for name, own in policy.named_parameters()
+    )
 
 
 def _base(given: dict[str, Any]) -> PreTrainedModel:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from accelerate import Accelerator
 
 from pipeline import demo_rubric, demo_world
-from pipeline.job import Inputs, Metrics, Out
-from pipeline.records import Prompt
+from pipeline.job import Input, Inputs, Metrics, Out
+from pipeline.records import Prompt, Ranking, read_jsonl
 from pipeline.settings import Settings
 from pipeline.statistics import Estimate
 from stages.common import seed_for, stop_if_asked
 from stages.endpoint_judge import by_endpoint
-from stages.label_agreement import Labels, Score, agreement_of_scores
+from stages.label_agreement import Labels, Score, agreement_of_scores, annotator_agreement
 from stages.rules import load_rule
 from stages.second_reward_model import second_reward_model
-from stages.verdicts import Models, Verdict, outcomes_of
+from stages.verdicts import Models, Outcomes, Verdict, outcomes_of
 
 Texts = dict[str, list[str]]
 
@@ -38,7 +38,9 @@ def judge_all(
     verdicts = []
     for judge in settings.evaluate.judges:
         stop_if_asked(accelerator, out, lambda: None)
-        if judge == "endpoint":
+        if judge == "people":
+            found = by_people(inputs["judgements"], prompts, texts, compared, settings)
+        elif judge == "endpoint":
             found = by_endpoint(settings, prompts, texts, compared, labels, accelerator, out)
         else:
             title, score, agreed = _scorer(judge, settings, inputs, labels, accelerator, out)
@@ -64,6 +66,51 @@ def _scorer(
     title, score = ("rubric", by_rubric) if judge == "rubric" else _by_rule(settings, out)
     seed = seed_for(settings.run.seed, "evaluate", "agreement")
     return title, score, agreement_of_scores(labels.heldout, score, seed) if labels else None
+
+
+def by_people(
+    judgements: Input,
+    prompts: list[Prompt],
+    texts: Texts,
+    compared: list[Models],
+    settings: Settings,
+) -> Verdict:
+    """What people said who did not know which model wrote what, of the models that they were shown.
+
+    An outcome is the mean over those who judged the prompt; equal texts are a tie nobody is asked about.
+    """
+    assert judgements.path is not None, "judgements is an artifact of a step"
+    rows = read_jsonl(judgements.path / "judgements.jsonl")
+    said = [Ranking.from_row(row) for row in rows]
+    ranks_of: dict[str, list[dict[str, int]]] = {}
+    for one in said:
+        ranks = dict(zip(one.responses, one.ranks, strict=True))
+        ranks_of.setdefault(one.prompt_id, []).append(ranks)
+    outcomes: dict[Models, Outcomes] = {}
+    for first, second in compared:
+        if not {first, second} <= {"policy", "sft", "base"}:
+            continue
+        outcomes[first, second] = [
+            outcome_of_ranks(ranks_of.get(prompt.id, []), texts[first][i], texts[second][i])
+            for i, prompt in enumerate(prompts)
+        ]
+    seed = seed_for(settings.run.seed, "evaluate", "agreement")
+    verdict = Verdict("people", "people", outcomes, agreement=annotator_agreement(said, seed))
+    verdict.metrics = {
+        "judgements": len(said),
+        "annotators": len({one.annotator for one in said}),
+    }
+    return verdict
+
+
+def outcome_of_ranks(ranks: list[dict[str, int]], first: str, second: str) -> float | None:
+    """Mean over people of 1 (the first is better), 0.5 or 0; None where nobody judged."""
+    if first == second:
+        return 0.5
+    told = [(one[first], one[second]) for one in ranks if first in one and second in one]
+    if not told:
+        return None
+    return sum(float(a < b) + 0.5 * float(a == b) for a, b in told) / len(told)
 
 
 def by_rubric(prompts: list[Prompt], responses: list[str]) -> list[float]:

@@ -11,6 +11,7 @@ import json
 import re
 from functools import lru_cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -61,8 +62,8 @@ __all__ = [
     "repairs_of",
 ]
 
-# what transformers raises for a folder or id that it cannot read
-_LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError)
+# what transformers raises for a folder or id that it cannot read, or that torch refuses to unpickle
+_LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, UnpicklingError)
 
 # ---- load ----------------------------------------------------------------------------------
 
@@ -95,6 +96,18 @@ def load_causal_lm(item: Input) -> PreTrainedModel:
         model = without_quantization(model)
     fit_to_tokenizer(model, _user_tokenizer(source))
     return model.eval()
+
+
+def load_config(item: Input, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The configuration of `load_causal_lm(item)`, without its weights."""
+    where, extra = _locate(_user_source(item))
+    try:
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False, **extra)
+    except _LOAD_ERRORS as error:
+        raise ConfigError(f"{where}: no readable configuration: {_first_line(error)}") from None
+    switch_dropout_off(config)
+    config.vocab_size = max(config.vocab_size, len(tokenizer))
+    return config
 
 
 def load_reward_model(item: Input) -> PreTrainedModel:

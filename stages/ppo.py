@@ -13,7 +13,8 @@ clipped policy and value losses. `stages.critics` has the three kinds of critic.
 Metrics (healthy range): score (rises), score/NAME of each source where there are several, kl in nats
 a response (rises, then levels off; above ~10 the reward model is being gamed), kl_k3 (the same,
 never negative), reward = score - kl_coef * kl (rises), response_tokens, eos_rate (> 0.9), repetition
-of 4-grams (stays), explained_variance (towards 1), value_error (falls), entropy in nats a token
+of 4-grams (stays), distinct_responses (near 1: no two are the same; 0: all are), explained_variance
+(towards 1), value_error (falls), entropy in nats a token
 (falls slowly; near 0 is collapse), clip_fraction (0.02 to 0.3), dual_clip_fraction (with
 ppo.dual_clip; near 0), ratio_max (< 3), approx_kl old to new (< 0.02 a token), epochs_done,
 policy_loss, value_loss, *_grad_norm, alarms that hold (0);
@@ -47,7 +48,6 @@ from stages.checkpoints import (
 )
 from stages.common import (
     adamw,
-    check_finite,
     clip_gradients,
     epoch_order,
     exact_div,
@@ -88,6 +88,7 @@ from stages.prompts import PromptIds, encode_prompts, load_prompts, longest_prom
 from stages.ptx import PtxRows
 from stages.rollout import Sequences, in_micro_batches
 from stages.sharding import accumulate, like, make_whole, most
+from stages.stops import check_finite, check_policy
 
 
 def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
@@ -213,6 +214,8 @@ class _Loop:
                 [self.train[i] for i in self._picked()], "rollout", self.update
             )
             row = rollout_metrics(rollout, self.kl_coef)
+            # before anything is trained on it
+            check_finite(self.out, self.update + 1, **row)
             # 3 rewards and advantages
             experience = to_experience(rollout, self.kl_coef, self.ppo)
             row["explained_variance"] = ppo_math.explained_variance(
@@ -220,7 +223,7 @@ class _Loop:
             ).item()
             # 4 optimise
             row |= self._optimise(experience)
-            check_finite(self.update + 1, "ppo", **row)
+            check_finite(self.out, self.update + 1, **row)
             self.models.engine.update(self.agent.policy)
             self.update += 1
             if self.ppo.kl_control == "adaptive":
@@ -234,6 +237,7 @@ class _Loop:
             for alarm in self.alarms.check(self.update, row):
                 self.out.say(f"WARNING at update {self.update}: {alarm}")
             row["alarms"] = len(self.alarms.holding)
+            check_policy(self.out, self.update, row, self.ppo, self.alarms)
             last = self.update == self.ppo.updates
             if self.update % self.ppo.eval_every_updates == 0 or last:
                 row |= self._validate(self.update)
@@ -450,7 +454,7 @@ class _Loop:
             "validation_kl": row["kl"],
             "validation_reward": row["score"] - penalty,
         }
-        check_finite(update, "ppo", **row)
+        check_finite(self.out, update, **row)
         if self.models.gold is not None:
             each = validation_row(rollout)
             found["validation_gold"] = mean(each["gold"])

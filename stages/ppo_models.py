@@ -53,8 +53,8 @@ def load_models(settings: Settings, inputs: Inputs, accelerator: Accelerator, ou
     policy = place(add_lora(load_causal_lm(inputs["model"]), ppo.lora, "policy"), accelerator)
     # none where rules or reward models of the user's alone reward
     learned = inputs.get("reward_model")
-    on_base = kind == "lora" and _put_on_base(policy, inputs["model"], learned)
-    agent = _make_agent(kind, ppo, policy, inputs["model"], learned, on_base, device)
+    on_base = kind == "lora" and put_on_base(policy, inputs["model"], learned)
+    agent = make_agent(kind, ppo, policy, inputs["model"], learned, on_base, device)
     if kind != "lora":
         _place_critic(agent, accelerator)
     own = None
@@ -94,7 +94,7 @@ def _place_critic(agent: Agent, accelerator: Accelerator) -> None:
         place(agent.critic.head, accelerator)
 
 
-def _put_on_base(policy: PeftModel, model: Input, reward_model: Input | None) -> bool:
+def put_on_base(policy: PeftModel, model: Input, reward_model: Input | None) -> bool:
     """Put the reward model's adapter on the policy's base, frozen as `reward` and trained as `value`.
 
     False, and a fresh `value` instead, where there is none, or it was trained without adapters or on
@@ -117,7 +117,7 @@ def _put_on_base(policy: PeftModel, model: Input, reward_model: Input | None) ->
     return True
 
 
-def _make_agent(
+def make_agent(
     kind: str,
     ppo: PpoSettings,
     policy: Any,

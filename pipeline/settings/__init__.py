@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import model_validator
 
 from pipeline.config import Strict
+from pipeline.settings.cost import CostSettings
 from pipeline.settings.dpo import DpoSettings
 from pipeline.settings.evaluate import EvaluateSettings
 from pipeline.settings.grpo import GrpoSettings
@@ -61,6 +62,8 @@ class Settings(Strict):
     """Evaluation."""
     launch: LaunchSettings = LaunchSettings()
     """Processes."""
+    cost: CostSettings = CostSettings()
+    """What time, energy and people are worth."""
 
     @model_validator(mode="after")
     def _a_pipeline_can_start(self) -> Settings:

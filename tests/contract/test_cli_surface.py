@@ -24,12 +24,15 @@ SURFACE = {
     "rank": ["target", "--host", "--port"],
     "users": [],
     "labels": [],
+    "chat": ["target", "--port"],
+    "inspect": ["target", "--port"],
     "status": ["target", "--json"],
     "verify": ["target"],
     "lineage": ["target", "--label", "--json"],
     "config": ["target", "overrides", "--fields"],
     "report": ["targets", "--to"],
     "export": ["target", "--to", "--what", "--adapter", "--licence", "--public", "--force"],
+    "plan": ["targets", "--fit", "--flops", "--hours", "--json"],
     "doctor": [],
 }
 

@@ -71,6 +71,7 @@ def test_the_humans_do_not_know_the_work(name):
 
 
 DRAWING = {"app", "board", "server", "lead_page", "lead_parts", "lead_prompts", "lead_tabs"}
+DRAWING |= {"playground", "playground_chat", "playground_inspect", "playground_tabs"}
 
 
 @pytest.mark.parametrize("name", of("labeling_ui"))

@@ -50,7 +50,7 @@ def test_status_json_has_the_promised_shape(config, prefline):
     sft = told["steps"][2]
     assert list(sft) == [
         *("step", "round", "stage", "state", "reason"),
-        *("fingerprint", "digest", "path", "metrics", "seconds"),
+        *("fingerprint", "digest", "path", "metrics", "seconds", "cost"),
     ]
     assert (sft["state"], sft["reason"], sft["round"]) == ("done", None, 1)
     assert sft["digest"].startswith("sha256:")

@@ -148,6 +148,10 @@ def test_a_killed_evaluation_asks_for_the_rest_only(tmp_path: Path) -> None:
         assert server.questions.total() == 17
         ask(server.url, tmp_path, asked)
         assert server.questions.total() == 17
+        # with another number of processes
+        kept.rename(kept.with_name("endpoint-1-of-2.jsonl"))
+        ask(server.url, tmp_path, asked)
+        assert server.questions.total() == 17
         # another judge is asked anew
         ask(server.url, tmp_path, asked, model="judge-2")
         assert server.questions.total() == 33

@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.report import write_report
 from pipeline.report_judges import judge_notes
+from pipeline.report_seeds import Evaluated, over_runs
 from tests.unit.fake_run import HOSTILE, make_run
 
 
@@ -70,3 +71,40 @@ def test_a_win_that_is_length_alone_is_noted(equal: float, warns: bool) -> None:
 @pytest.mark.parametrize("broken", [{"judges": None}, {"judge_titles": ["x"]}, {"compared": "x"}])
 def test_metrics_that_are_no_metrics_break_nothing(tmp_path: Path, broken: dict) -> None:
     assert write_report(make_run(tmp_path, **(JUDGED | broken))).exists()
+
+
+def evaluated(rate_of_wins: float, prompts: int = 40, first: int = 0) -> Evaluated:
+    outcomes = [1.0] * round(rate_of_wins * prompts)
+    outcomes += [0.0] * (prompts - len(outcomes))
+    rows = [
+        {"prompt": f"p{first + i}", "outcomes": {"rubric": {"win_rate_vs_sft": outcome}}}
+        for i, outcome in enumerate(outcomes)
+    ]
+    metrics = {"judges": ["rubric"], "judge_titles": ["rubric"], "compared": [["policy", "sft"]]}
+    return Evaluated({**metrics, "judge_rubric_win_rate_vs_sft": rate_of_wins}, rows)
+
+
+def test_runs_of_several_seeds_by_hand() -> None:
+    """0.5, 0.6, 0.7: mean 0.6, error 0.1 / sqrt 3, t with two degrees 4.3027."""
+    (row,) = over_runs([evaluated(0.5), evaluated(0.6), evaluated(0.7)])
+    assert row["rates"] == [0.5, 0.6, 0.7]
+    assert row["mean"] == pytest.approx(0.6)
+    half = 4.302653 * 0.1 / 3**0.5
+    assert row["interval"] == pytest.approx((0.6 - half, 0.6 + half), abs=1e-6)
+    low, high = row["with_prompts"]
+    # no narrower than what the prompts alone leave open
+    assert high - low > 2 * 1.9 * (0.6 * 0.4 / 40) ** 0.5
+    assert "whisker" in row["bar"]
+
+
+def test_runs_on_other_prompts_or_alone_have_what_can_be_said() -> None:
+    (row,) = over_runs([evaluated(0.5)])
+    assert row["interval"] is None
+    assert row["with_prompts"] is not None
+    (apart,) = over_runs([evaluated(0.5), evaluated(0.5, first=100)])
+    (paired,) = over_runs([evaluated(0.5), evaluated(0.5)])
+    width = [r["with_prompts"][1] - r["with_prompts"][0] for r in (apart, paired)]
+    assert width[0] < 0.85 * width[1]
+    lacking = evaluated(0.5)
+    del lacking.metrics["judge_rubric_win_rate_vs_sft"]
+    assert over_runs([evaluated(0.5), lacking]) == []
