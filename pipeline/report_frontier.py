@@ -127,21 +127,32 @@ def _sentence(row: Row, peak: Row) -> str:
 def _baseline(row: Row) -> str | None:
     """Whether PPO beats what needs no training, where the two can be compared."""
     best = row.get("best_of_n")
-    kept = next((r for r in row["validations"] if r.get("update") == row.get("kept_update")), None)
-    own, kl = (finite((kept or {}).get(key)) for key in ("gold", "kl"))
-    if not isinstance(best, list) or not best or own is None or kl is None:
+    update = row.get("kept_update")
+    kept = next((r for r in row["validations"] if r.get("update") == update), None)
+    own, kl, low, high = (
+        finite((kept or {}).get(key)) for key in ("gold", "kl", "gold_low", "gold_high")
+    )
+    # update 0 is the reference itself, the best of one
+    if not isinstance(best, list) or not best or own is None or kl is None or not update:
         return None
-    end = mapping(best[-1])
+
+    def compared_with(other: float | None) -> str:
+        if other is not None and low is not None and low > other:
+            return "more than"
+        if other is not None and high is not None and high < other:
+            return "less than"
+        return "about as much as"
+
+    said = f"{number(own)} ({number(low)} to {number(high)})"
     same = finite(row.get("best_of_n_gold_at_kept_kl"))
     if same is not None:
-        word = "more" if own > same else "no more"
         return (
-            f"At the same KL of {number(max(0.0, kl))} nats the best of n has gold {number(same)}:"
-            f" the published policy, with {number(own)}, has {word}."
+            f"The published policy has gold {said}, {compared_with(same)} the best of n at the same KL of"
+            f" {number(max(0.0, kl))} nats ({number(same)})."
         )
-    word = "more than" if own > (finite(end.get("gold")) or 0.0) else "no more than"
+    end = mapping(best[-1])
     return (
-        f"The published policy, {number(kl)} nats away, has gold {number(own)}, {word} the best of"
-        f" {number(end.get('n'))} ({number(end.get('gold'))}), which is at most {number(end.get('kl'))} nats away"
-        " and needs no training."
+        f"The published policy, {number(kl)} nats away, has gold {said},"
+        f" {compared_with(finite(end.get('gold')))} the best of {number(end.get('n'))}"
+        f" ({number(end.get('gold'))}), which is at most {number(end.get('kl'))} nats away and needs no training."
     )

@@ -145,13 +145,15 @@ def test_the_sentence_says_where_gold_peaked_and_what_can_be_done(told):
 
 
 def test_the_policy_is_compared_with_the_best_of_n_where_they_can_be(told):
-    assert "gold 0.200, no more than the best of 4 (0.400)" in told()["baseline"]
-    assert "gold 0.500, more than the best of 4 (0.400)" in told(kept=20)["baseline"]
+    assert "gold 0.200 (0.100 to 0.300), less than the best of 4 (0.400)" in told()["baseline"]
+    # 0.4 is the end of its interval: not shown to be more
     assert (
-        "At the same KL of 4 nats the best of n has gold 0.300"
-        in told(kept=20, same=0.3)["baseline"]
+        "gold 0.500 (0.400 to 0.600), about as much as the best of 4" in told(kept=20)["baseline"]
     )
-    assert "with 0.500, has more." in told(kept=20, same=0.3)["baseline"]
+    same = told(kept=20, same=0.3)["baseline"]
+    assert "more than the best of n at the same KL of 4 nats (0.300)" in same
+    # the start is the reference itself
+    assert told(kept=0, same=0.0)["baseline"] is None
 
 
 def test_distance_is_the_root_of_the_kl_and_the_ring_is_at_the_peak(told):
