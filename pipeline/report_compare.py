@@ -23,9 +23,10 @@ from pipeline.records import hash_fraction
 from pipeline.report_data import StepView, mapping, read_jsonl, read_step
 from pipeline.report_notes import careful_notes
 from pipeline.report_plots import Row, Series, chart, finite, interval_bar, points, smooth
+from pipeline.report_seeds import Evaluated, over_runs
 from pipeline.report_tables import setting_rows
 from pipeline.settings import Settings
-from pipeline.statistics import mean_with_interval, over_seeds
+from pipeline.statistics import mean_with_interval
 from pipeline.workspace import Run
 
 FILE = "comparison.html"
@@ -186,18 +187,12 @@ def _figures(view: RunView) -> Row:
 
 
 def _groups(views: Sequence[RunView]) -> Iterator[Row]:
-    """Groups of several seeds: the means of their figures."""
+    """Runs that differ by their seed alone: their judges' figures as one."""
     for number in dict.fromkeys(view.group for view in views):
-        members = [view for view in views if view.group == number]
-        rates = [r for v in members if (r := finite(v.metrics.get("win_rate_vs_sft"))) is not None]
-        kls = [k for v in members if (k := finite(v.metrics.get("kl_nats"))) is not None]
-        if wins := over_seeds(rates):
-            yield {
-                "names": [view.name for view in members],
-                "wins": wins,
-                "bar": interval_bar(wins.value, wins.low, wins.high, members[0].colour),
-                "kl": over_seeds(kls),
-            }
+        members = [view for view in views if view.group == number and view.metrics]
+        if len(members) > 1:
+            rows = over_runs([Evaluated(view.metrics, view.comparisons) for view in members])
+            yield {"names": [view.name for view in members], "rows": rows}
 
 
 def _charts(views: Sequence[RunView]) -> Iterator[Markup | None]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from markupsafe import Markup
-
 from pipeline.report_data import StepView
-from pipeline.report_plots import Row, finite, number, percent
+from pipeline.report_plots import Row, finite, interval_bar, number, percent
 
 TITLES = {
     "rubric": "the demo\u2019s hidden rubric",
@@ -160,21 +158,3 @@ def _model(name: str, metrics: Row) -> str:
     if name == "best_of_n":
         return f"best of {number(metrics.get('best_of_n')) or 'n'}"
     return name.replace("policy_", "round ")
-
-
-def interval_bar(rate: float, low: float | None, high: float | None) -> Markup:
-    """A dot with its whisker on a scale from 0 to 1, and the line at one half."""
-
-    def at(value: float) -> str:
-        return f"{2 + 96 * min(1.0, max(0.0, value)):.2f}%"
-
-    whisker = (
-        f'<line class="whisker" x1="{at(low)}" x2="{at(high)}" y1="9" y2="9"/>'
-        if low is not None and high is not None
-        else ""
-    )
-    return Markup(
-        '<svg class="bell" aria-hidden="true"><line class="grid" x1="2%" x2="98%" y1="9" y2="9"/>'
-        f'<line class="half" x1="50%" x2="50%" y1="1" y2="17"/>{whisker}'
-        f'<circle class="orange dot" cx="{at(rate)}" cy="9" r="3.6"/></svg>'
-    )

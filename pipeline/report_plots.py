@@ -286,7 +286,9 @@ def win_bar(rate: float, low: float | None, high: float | None) -> Markup:
     return Markup(f'<svg class="win" role="img" aria-label="{told}">{"".join(parts)}</svg>')
 
 
-def interval_bar(rate: float, low: float | None, high: float | None, colour: str) -> Markup:
+def interval_bar(
+    rate: float, low: float | None, high: float | None, colour: str = "orange"
+) -> Markup:
     """A dot on a scale from 0 to 1 with its interval and the 50 % line, for a table cell."""
     ends = [2 + 96 * min(1.0, max(0.0, v)) for v in (rate, low, high) if v is not None]
     whisker = (

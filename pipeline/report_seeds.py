@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from pipeline.report_data import mapping
-from pipeline.report_judges import compared, interval_bar, judges, metric_of
-from pipeline.report_plots import Row, finite
+from pipeline.report_judges import compared, judges, metric_of
+from pipeline.report_plots import Row, finite, interval_bar
 from pipeline.statistics import over_seeds, over_seeds_and_prompts
 
 

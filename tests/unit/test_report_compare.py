@@ -25,7 +25,13 @@ def changed(folder, section, **settings):
 def runs(tmp_path_factory):
     """Two seeds of one way of training, and another way."""
     place = tmp_path_factory.mktemp("runs")
-    first = make_run(place / "first")
+    first = make_run(
+        place / "first",
+        judges=["rubric"],
+        judge_titles=["rubric"],
+        compared=[["policy", "sft"]],
+        judge_rubric_win_rate_vs_sft=0.783,
+    )
     second = changed(shutil.copytree(first, place / "second"), "run", seed=4)
     other = changed(shutil.copytree(first, place / "other"), "sft", lr=0.5)
     return [first, second, other]
@@ -42,7 +48,9 @@ def test_the_page_names_what_differs_and_runs_nothing(runs, tmp_path):
     differences = page[page.index('id="differences"') : page.index('id="learning"')]
     assert re.findall(r"<td><code>([a-z]+\.[a-z_.]+)</code>", differences) == ["run.seed", "sft.lr"]
     assert "0.5" in differences
-    assert "Over seeds" in page
+    # the same figure twice: no spread over seeds
+    assert page.count("Over seeds</h3>") == 1
+    assert "78.3\u202f% to 78.3\u202f%" in page
     assert "<script" not in page
     assert "default-src 'none'" in page
     # what cannot be compared is said: the results are those of other settings
