@@ -135,10 +135,12 @@ def merged(
         yield row
 
 
-def to_task(found: Candidates, kind: Kind, notes: Counter[str]) -> dict[str, Any]:
+def to_task(
+    found: Candidates, kind: Kind, notes: Counter[str], origin: str = "hand"
+) -> dict[str, Any]:
     """The row of `tasks`, its responses by place."""
     row = task_row(
-        found.messages, list(found.responses), round=1, origin="hand", split=found.split, kind=kind
+        found.messages, list(found.responses), round=1, origin=origin, split=found.split, kind=kind
     )
     texts: list[str] = json.loads(row["responses"])
     noticed = warnings(found.messages, texts)

@@ -14,7 +14,7 @@ from sqlalchemy.engine import Connection
 
 from labeling_ui.handout import KINDS
 from labeling_ui.pace import Lease, Pace, Times, leases, pace, times
-from labeling_ui.schema import assignments, queues, rankings, tasks, users
+from labeling_ui.schema import assignments, events, queues, rankings, tasks, users
 from labeling_ui.store import EXTRA
 
 
@@ -140,8 +140,8 @@ def why_left_out(status: str, task_kind: str, superseded: bool, late: bool) -> s
         return "superseded"
     if status in ("skipped", "all_bad"):
         return status
-    # known answers and repeats measure annotators, they teach nothing
-    if task_kind in ("gold", "repeat"):
+    # known answers and repeats measure annotators, judgements measure models: they teach nothing
+    if task_kind in ("gold", "repeat", "judge"):
         return task_kind
     return "late" if late else None
 
@@ -172,7 +172,12 @@ def labels(tx: Connection, step: str) -> dict[str, int]:
         .where(_TEACHES, elsewhere | here if by_people == "people" else elsewhere)
     )
     row = tx.execute(query).one()
-    return {"rankings": int(row.rankings), "rows": int(row.rows)}
+    found = {"rankings": int(row.rankings), "rows": int(row.rows)}
+    # others may have ranked as much since: the counts alone would look as they did before
+    forgotten = sa.select(sa.func.count()).where(events.c.kind == "forgotten")
+    if people := tx.execute(forgotten.select_from(events)).scalar_one():
+        found["forgotten"] = int(people)
+    return found
 
 
 def _uses(tx: Connection) -> dict[int, Counter[str]]:
@@ -200,52 +205,48 @@ def _use(row: Any) -> str:
 
 def queue_counts(tx: Connection, now: float, step: str | None = None) -> tuple[Queue, ...]:
     """All queues, open ones first, or the one of `step`, if there is one."""
-    live = (
-        sa.select(assignments.c.task_id)
-        .where(assignments.c.state == "leased", assignments.c.expires > now)
-        .distinct()
-        .subquery()
-    )
-    # a simulated annotator fills no place
-    bad = (
-        sa.select(assignments.c.task_id, sa.func.count().label("answers"))
-        .select_from(assignments.join(users))
-        .where(assignments.c.state == "unrankable", users.c.kind == "person")
-        .group_by(assignments.c.task_id)
-        .subquery()
-    )
-    overlap, filled = queues.c.overlap, tasks.c.filled
-    full = filled >= overlap
-    begun = ~full & ((filled > 0) | live.c.task_id.is_not(None))
-    ranked = filled - sa.func.coalesce(bad.c.answers, 0)
-    query = (
-        sa.select(
-            queues,
-            sa.func.count(tasks.c.id).label("tasks"),
-            _total(sa.case((full, 1), else_=0)).label("finished"),
-            _total(sa.case((begun, 1), else_=0)).label("begun"),
-            _total(_at_most(overlap, filled)).label("filled"),
-            _total(_at_most(overlap, filled) - _at_most(overlap, ranked)).label("unrankable"),
-        )
-        .select_from(
-            queues.outerjoin(
-                tasks, (tasks.c.step == queues.c.step) & tasks.c.active & tasks.c.kind.in_(KINDS)
-            )
-            .outerjoin(live, live.c.task_id == tasks.c.id)
-            .outerjoin(bad, bad.c.task_id == tasks.c.id)
-        )
-        .group_by(*queues.c)
-        .order_by(queues.c.open.desc(), queues.c.step)
-    )
+    query = sa.select(queues).order_by(queues.c.open.desc(), queues.c.step)
     if step is not None:
         query = query.where(queues.c.step == step)
     found = []
     for row in tx.execute(query).mappings():
-        values = dict(row)
+        values = dict(row) | _places(tx, row["step"], row["overlap"], now)
         if values["by"] == "simulated":
             values |= _simulated(tx, values["step"], values["overlap"])
         found.append(Queue(**values, wanted=values["overlap"] * values["tasks"]))
     return tuple(found)
+
+
+def _places(tx: Connection, step: str, overlap: int, now: float) -> dict[str, int]:
+    """How far the tasks of a queue are; with a million of them only an index is read."""
+    used = (tasks.c.step == step) & tasks.c.active & tasks.c.kind.in_(KINDS)
+    by_filled = tx.execute(
+        sa.select(tasks.c.filled, sa.func.count()).where(used).group_by(tasks.c.filled)
+    ).all()
+    # what nobody has finished yet is begun where somebody holds a lease, and these are few
+    leased = tx.execute(
+        sa.select(sa.func.count(sa.distinct(tasks.c.id)))
+        .select_from(assignments.join(tasks))
+        .where(assignments.c.state == "leased", assignments.c.expires > now)
+        .where(used, tasks.c.filled == 0)
+    ).scalar_one()
+    # a simulated annotator fills no place
+    unrankable = (
+        sa.select(tasks.c.filled, sa.func.count().label("answers"))
+        .select_from(assignments.join(tasks).join(users, users.c.id == assignments.c.user_id))
+        .where(assignments.c.state == "unrankable", users.c.kind == "person", used)
+        .group_by(tasks.c.id, tasks.c.filled)
+    )
+    return {
+        "tasks": sum(count for _, count in by_filled),
+        "finished": sum(count for filled, count in by_filled if filled >= overlap),
+        "begun": sum(count for filled, count in by_filled if 0 < filled < overlap) + leased,
+        "filled": sum(count * min(overlap, filled) for filled, count in by_filled),
+        "unrankable": sum(
+            min(overlap, filled) - min(overlap, filled - answers)
+            for filled, answers in tx.execute(unrankable)
+        ),
+    }
 
 
 def _simulated(tx: Connection, step: str, overlap: int) -> dict[str, int]:
@@ -259,15 +260,6 @@ def _simulated(tx: Connection, step: str, overlap: int) -> dict[str, int]:
     answers = [min(overlap, count) for count in tx.execute(done).scalars()]
     full = sum(count == overlap for count in answers)
     return {"filled": sum(answers), "finished": full, "begun": len(answers) - full}
-
-
-def _at_most(limit: Any, count: Any) -> Any:
-    return sa.case((count > limit, limit), else_=count)
-
-
-def _total(of: Any) -> Any:
-    # PostgreSQL sums to a Decimal
-    return sa.cast(sa.func.coalesce(sa.func.sum(of), 0), sa.BigInteger)
 
 
 # ---- people --------------------------------------------------------------------------------

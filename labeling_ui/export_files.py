@@ -185,10 +185,11 @@ def _pairs(
     groups: list[Any], repeated: Counter[str], mode: str
 ) -> tuple[Iterator[dict[str, Any]], Counter[str]]:
     rows, dropped = pair_rows(groups, mode)
-    return map(_named, rows), dropped + repeated
+    return map(preference_row, rows), dropped + repeated
 
 
-def _named(row: dict[str, Any]) -> dict[str, Any]:
+def preference_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A pair as TRL reads it."""
     # TRL takes a column `label` beside a prompt for unpaired preferences
     row["soft_label"] = row.pop("label")
     return row

@@ -10,6 +10,15 @@ from labeling_ui.store import Store, log_event
 from pipeline.errors import DataError
 
 
+def shown_as(store: Store, name: str) -> set[str]:
+    """The names under which files show the people whom `forget` would remove."""
+    shown = pseudonyms(store)
+    with store.read() as tx:
+        people = tx.execute(sa.select(users).where(users.c.kind != "simulated")).all()
+    names = {(row.name, shown(row.kind, row.name)) for row in people}
+    return {pseudonym for own, pseudonym in names if name in (own, pseudonym)}
+
+
 def forget(store: Store, name: str) -> int:
     """Remove a person for good, by name or pseudonym; the number of rankings that went with them."""
     shown = pseudonyms(store)

@@ -22,7 +22,7 @@ from pipeline.records import content_id
 
 REPEAT_AFTER = 20
 """A task comes again when its person has finished so many others since."""
-KINDS = ("rank", "write")
+KINDS = ("rank", "write", "judge")
 """Of the tasks that wait in queues."""
 _PASSED = 200
 """So many begun tasks are looked at for one that is new to a person."""

@@ -28,15 +28,17 @@ from labeling_ui.aggregate import MODES
 from labeling_ui.candidates import Kind
 from labeling_ui.counting import count
 from labeling_ui.export_files import FORMATS, Counts, Options, export_file, export_folder
-from labeling_ui.forgetting import forget
+from labeling_ui.forgetting import forget, shown_as
 from labeling_ui.importing import import_rankings
 from labeling_ui.progress import tell_progress
 from labeling_ui.queueing import queue
 from labeling_ui.store import Store, open_run_store
+from pipeline import lineage
 from pipeline.config import load_settings
 from pipeline.errors import EXIT_DONE, DataError, ToolkitError
 from pipeline.settings import Settings
 from pipeline.settings.rank import RankSettings
+from pipeline.workspace import open_run
 
 _SOURCE = "a file (.jsonl .json .parquet .csv .zip), a folder, or a dataset id on the hub"
 
@@ -208,14 +210,32 @@ def _backup(store: Store, given: argparse.Namespace, _rank: RankSettings) -> Non
 def _forget(store: Store, given: argparse.Namespace, _rank: RankSettings) -> None:
     if (given.name is None) == (given.annotator is None):
         raise DataError("forget: name one annotator", "prefline labels RUN forget ANNOTATOR")
-    gone = forget(store, given.name or given.annotator)
+    name = given.name or given.annotator
+    # while the store still knows under which pseudonym they went out
+    held = _made_with(given.run, shown_as(store, name))
+    gone = forget(store, name)
     print(f"{gone} rankings and the account are gone from {store.name}.")
+    lines = [
+        f"  {work.relative_to(given.run)} {'holds them' if kind == 'rankings' else 'was made from them'}"
+        for work, kind in held
+    ]
+    stale = "\n".join(["Stale from now on, and on disk until you delete it:", *lines, ""])
     print(
-        "Published artifacts are immutable: those under"
-        f" {given.run}/rank*/ may still hold them under a pseudonym. Delete these folders and"
-        " run again to be rid of them. Exports and backups made before hold them too.",
+        f"{stale if lines else ''}`prefline run {given.run}` makes the line without them. Exports and"
+        " backups made before hold them too.",
         file=sys.stderr,
     )
+
+
+def _made_with(run: Path, names: set[str]) -> list[tuple[Path, str]]:
+    """Step directories with rankings by these names, or made from such, and the kind of each."""
+    try:
+        opened = open_run(run)
+    except ToolkitError:
+        # labels beside a configuration, of a line that was never begun
+        return []
+    reached = lineage.touched_by(opened, lambda row: str(row["annotator"]) in names)
+    return [(work, made.kind) for work, made in reached]
 
 
 # ---- parts ---------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from labeling_ui.schema import assignments, queues, tasks
 from labeling_ui.store import Store
 
 PROGRESS_FILE = "rank-progress.json"
+_REST = 20
 
 
 def progress(store: Store, step: str) -> tuple[int, int]:
@@ -63,30 +64,35 @@ def tell_progress(run_dir: Path, store: Store) -> None:
 class Teller:
     """Tells the progress soon after something was saved, but not more often than people look.
 
-    Counting takes longer the more rankings there are, and many may be saved in a second.
+    Counting takes longer the more rankings there are, and many may be saved in a second: it may take a
+    twentieth of the time.
     """
 
     def __init__(self, run_dir: Path, store: Store, seconds: float = 1.0) -> None:
         self._run_dir, self._store = run_dir, store
         self._seconds = seconds
+        self._took = 0.0
         self._lock = threading.Lock()
         self._waiting: threading.Timer | None = None
 
     def soon(self) -> None:
         with self._lock:
             if self._waiting is None:
-                self._waiting = threading.Timer(self._seconds, self._now)
+                wait = max(self._seconds, _REST * self._took)
+                self._waiting = threading.Timer(wait, self._now)
                 self._waiting.daemon = True
                 self._waiting.start()
 
     def _now(self) -> None:
         with self._lock:
             self._waiting = None
+        began = time.monotonic()
         try:
             tell_progress(self._run_dir, self._store)
         except (OSError, Unavailable) as error:
             # the ranking is stored; what is told is told again with the next one
             print(f"warning: progress could not be written ({error})", file=sys.stderr)  # noqa: T201
+        self._took = time.monotonic() - began
 
 
 def my_progress(store: Store, user_id: int, now: float | None = None) -> tuple[int, int, bool]:

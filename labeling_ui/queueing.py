@@ -1,8 +1,9 @@
 """Work for people that no rank step made: responses to rank, prompts to answer, known answers.
 
 It waits in the standing queues `extra` and `write` of the store and is handed out beside that of the
-rank steps. Known answers (gold) wait in no queue: they come in between, at the rate of the queue.
-Ids are hashes of content, so the same source twice queues nothing twice.
+rank steps; `tasks.origin` is `hand`, or `chat` for a comparison saved in the playground. Known answers
+(gold) wait in no queue: they come in between, at the rate of the queue. Ids are hashes of content, so
+the same source twice queues nothing twice.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ from labeling_ui.gold import put_gold
 from labeling_ui.oasst import expand
 from labeling_ui.reading import rows_of
 from labeling_ui.schema import queues, tasks
-from labeling_ui.store import Store, insert_new, log_event
+from labeling_ui.store import EXTRA, Store, insert_new, log_event
 from pipeline.formats import Unusable
 from pipeline.records import Tally
 
 _BATCH = 500
+_LEASE_MINUTES = 30
 
 
 @dataclass
@@ -66,7 +68,7 @@ def queue(
     *,
     overlap: int | None = None,
     first_overlap: int = 1,
-    lease_minutes: int = 30,
+    lease_minutes: int = _LEASE_MINUTES,
     dry_run: bool = False,
 ) -> Queued:
     """Queue the rows of `sources` for people.
@@ -108,6 +110,21 @@ def queue(
         with store.write() as tx:
             log_event(tx, "queue", None, None, step=step or kind, tasks=report.new, origin="hand")
     return report
+
+
+def queue_row(store: Store, found: Candidates, origin: str, detail: dict[str, Any]) -> bool:
+    """Queue one prompt with responses for people; whether it was not there yet.
+
+    origin: where it comes from. detail: for the audit log.
+    """
+    report = Queued("rank")
+    row = to_task(found, "rank", report.notes, origin)
+    _open(store, EXTRA, None, 1, _LEASE_MINUTES)
+    with store.write() as tx:
+        _queue_batch(tx, [row], report, dry_run=False)
+        if report.new:
+            log_event(tx, "queue", None, row["id"], step=EXTRA, tasks=1, origin=origin, **detail)
+    return bool(report.new)
 
 
 # ---- parts ---------------------------------------------------------------------------------

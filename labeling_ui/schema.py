@@ -57,11 +57,12 @@ tasks = sa.Table(
     metadata,
     sa.Column("id", sa.String, primary_key=True),  # see `task_id`
     # rank | write (no responses: a person writes one) | gold (the order is known) | repeat (a
-    # person's own task again, for them alone)
+    # person's own task again, for them alone) | judge (answers of models that are evaluated)
     sa.Column("kind", sa.String, nullable=False, default="rank", server_default="rank"),
     sa.Column("step", sa.String),  # the queue it waits in; null for imported, gold and repeat
     sa.Column("round", sa.Integer, nullable=False),
-    sa.Column("origin", sa.String, nullable=False),  # samples digest, or `import`
+    # samples digest, `import`, `hand`, `chat` or `evaluation`
+    sa.Column("origin", sa.String, nullable=False),
     sa.Column("active", sa.Boolean, nullable=False),  # false: the samples have changed since
     sa.Column("split", sa.String, nullable=False),  # of the prompt: train | validation | test
     sa.Column("prompt_id", sa.String, nullable=False),

@@ -165,8 +165,8 @@ def create_app(store: Store, run_dir: Path, names: Sequence[str] = LOCAL_NAMES) 
     tell_progress = Teller(run_dir, store).soon
     handlers = page.Handlers(store, logins.user_id, tell_progress)
     lead_handlers = lead.Handlers(store, logins.user_id, tell_progress, dashboard)
-    _mount(server, run_dir, "/ui", page.build(handlers), logins.name_of, page.HEAD)
-    _mount(
+    mount(server, run_dir, "/ui", page.build(handlers), logins.name_of, page.HEAD)
+    mount(
         server, run_dir, "/lead", lead_page.build(lead_handlers), logins.lead_of,
         lead_page.HEAD, lead_page.CSS,
     )  # fmt: skip
@@ -174,16 +174,16 @@ def create_app(store: Store, run_dir: Path, names: Sequence[str] = LOCAL_NAMES) 
     return server
 
 
-def _mount(
+def mount(
     server: FastAPI,
     run_dir: Path,
     path: str,
     blocks: Any,
-    who: Callable[[Request], str | None],
+    who: Callable[[Request], str | None] | None,
     head: str,
     css: str = "",
 ) -> None:
-    """A Gradio page behind our login, with everything off that it does not need."""
+    """A Gradio page behind a login (who: the name behind a request), with all off that it does not need."""
     import gradio
 
     gradio.mount_gradio_app(
@@ -243,7 +243,7 @@ def _serve(given: argparse.Namespace) -> int:
             "nobody can log in: there is no account yet",
             f"Make one with: prefline users {given.run} add NAME",
         )
-    _check_port(given.host, given.port)
+    check_port(given.host, given.port)
     # before Gradio is imported: it asks and reports over the network otherwise
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -266,7 +266,7 @@ def _serve(given: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _check_port(host: str, port: int) -> None:
+def check_port(host: str, port: int) -> None:
     """Refuse a port that is taken before seconds go into starting."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:

@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from pipeline import manifest as manifests
 from pipeline.errors import ArtifactError, StageError
@@ -113,6 +113,9 @@ def find_damage(work: Path, manifest: Manifest, cache: HashCache | None) -> str 
     expected = {file.path: file for file in manifest.files}
     for name, file in expected.items():
         path = folder / name
+        # of another's run a manifest may say anything: before a byte is read
+        if refusal := _refusal(folder, name):
+            return f"{name} {refusal}"
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != file.bytes:
@@ -121,10 +124,22 @@ def find_damage(work: Path, manifest: Manifest, cache: HashCache | None) -> str 
             return f"{name} has changed bytes"
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in expected:
+        if (path.is_file() or path.is_symlink()) and name not in expected:
             return f"{name} does not belong to the artifact"
     if digest(manifest.files) != manifest.digest:
         return f"{manifests.NAME} contradicts itself (digest)"
+    return None
+
+
+def _refusal(folder: Path, name: str) -> str | None:
+    """Why a file that a manifest lists is not for us, whatever its bytes are."""
+    inside = PurePosixPath(name)
+    if inside.is_absolute() or ".." in inside.parts:
+        return "leads out of the artifact"
+    if any((folder / part).is_symlink() for part in (inside, *inside.parents)):
+        return "is a link; an artifact holds plain files only"
+    if inside.suffix.lower() not in SUFFIXES:
+        return "may not be in an artifact"
     return None
 
 

@@ -106,11 +106,13 @@ def _run(
     finish: bool = False,
     wait: bool | None = None,
 ) -> None:
-    from pipeline import lend, runner, sources, waiting, workspace
+    from pipeline import launch, lend, runner, sources, trackers, waiting, workspace
 
     draft = workspace.draft_run(target, overrides or ())
     runner.select(draft.settings, until, only)
     sources.check_all(draft.settings)
+    trackers.check(draft.settings.run.tracker)
+    launch.check_profile(draft.settings.launch.profile)
     if dry_run:
         for line in runner.dry_run(draft, until, only):
             print(line)
@@ -176,9 +178,38 @@ for _stage, _text in {
     "kto": "Optimise the policy on good and bad responses of the rankings (sets run.policy), and nothing else.",
     "grpo": "Optimise the policy with GRPO (sets run.policy), and nothing else.",
     "rloo": "Optimise the policy with RLOO (sets run.policy), and nothing else.",
-    "evaluate": "Compare the policy with sft and base, and nothing else.",
 }.items():
     _add_stage_command(_stage, _text)
+
+
+@app.command()
+def evaluate(
+    target: Target,
+    overrides: Overrides = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            "--lm-eval",
+            metavar="TASKS",
+            help="Then also tasks of the LM Evaluation Harness on the policy, as arc_easy,hellaswag.",
+        ),
+    ] = None,
+) -> None:
+    """Compare the policy with sft and base, and nothing else.
+
+    What it reads must be done already.
+
+    Example:  prefline evaluate runs/demo
+    """
+    from pipeline import harness, workspace
+
+    if lm_eval is not None:
+        harness.check_installed()
+    _run(target, overrides, only="evaluate")
+    if lm_eval is not None:
+        opened = workspace.open_run(workspace.draft_run(target, overrides or ()).path)
+        for line in harness.lines(harness.evaluate(opened, lm_eval)):
+            print(line)
 
 
 # ---- people --------------------------------------------------------------------------------
@@ -226,6 +257,39 @@ def _pass_on(module: str, arguments: list[str]) -> None:
     if words and not words[0].startswith("-"):
         words[0] = str(workspace.open_run(Path(words[0])).path)
     raise typer.Exit(launch.call(module, words or ["--help"]))
+
+
+# ---- playing -------------------------------------------------------------------------------
+
+Model = Annotated[
+    str, typer.Argument(metavar="RUN|MODEL", help="A run, a model folder, a GGUF file or a hub id.")
+]
+Port = Annotated[int, typer.Option(help="Port on 127.0.0.1 to listen on.")]
+
+
+@app.command()
+def chat(target: Model, port: Port = 7861) -> None:
+    """Talk to base, sft and the policies side by side, in a browser, until Ctrl-C.
+
+    Example:  prefline chat runs/demo
+    """
+    _play(target, "chat", port)
+
+
+@app.command()
+def inspect(target: Model, port: Port = 7861) -> None:
+    """Look inside a model: tokens, odds, attention, losses, in a browser, until Ctrl-C.
+
+    Example:  prefline inspect runs/demo
+    """
+    _play(target, "inspect", port)
+
+
+def _play(target: str, page: str, port: int) -> None:
+    from pipeline import launch
+
+    arguments = [target, "--page", page, "--port", str(port)]
+    raise typer.Exit(launch.call("labeling_ui.playground", arguments))
 
 
 # ---- looking -------------------------------------------------------------------------------
@@ -353,6 +417,45 @@ def report(
         from pipeline.report_compare import write_comparison
 
         print(write_comparison(list(dict.fromkeys(paths)), to))
+
+
+@app.command()
+def export(
+    target: RunDir,
+    to: Annotated[str, typer.Option(metavar="DIR|hub:OWNER/NAME", help="Where it goes.")],
+    what: Annotated[
+        str, typer.Option(metavar="policy|sft|reward|rankings", help="What leaves the house.")
+    ] = "policy",
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Only what LoRA has added to the base model.")
+    ] = False,
+    licence: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ID|KEY=ID", help="Of the export, or of an input: sft.data=cc-by-4.0."
+        ),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="A new repository of the hub is private otherwise.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also a stale or damaged result; the card says so.")
+    ] = False,
+) -> None:
+    """Write the final model, or the rankings, with a card; or push them to the hub (docs/export.md).
+
+    Example:  prefline export runs/demo --to exported --licence apache-2.0
+    """
+    from pipeline import export as exports
+    from pipeline import workspace
+
+    own, inputs = exports.parse_licences(licence or ())
+    request = exports.Request(what, adapter, force, own, inputs)
+    repository = exports.hub_name(to)
+    opened = workspace.open_run(target)
+    if repository:
+        raise typer.Exit(exports.export_hub(opened, repository, request, public))
+    print(exports.export_folder(opened, Path(to), request))
 
 
 @app.command()

@@ -29,7 +29,7 @@ from pipeline.errors import (
 )
 from pipeline.files import read_json, write_atomic
 from pipeline.job import Job
-from pipeline.launch import command, environment, is_several, refuse_deepspeed
+from pipeline.launch import check_profile, command, environment, is_several
 from pipeline.processes import send, stat
 from pipeline.settings.launch import LaunchSettings
 from pipeline.worker import STOP_SIGNALS, die_with_parent, rank_pids
@@ -180,7 +180,10 @@ class Child:
         )
         what = ", ".join(self._lost) or f"the process {how}"
         tail = "\n".join(f"  | {line}" for line in self._tail)
-        killed = code == -signal.SIGKILL or any("died" in text for text in self._lost)
+        # one that stood still was killed by us
+        killed = any("died" in text for text in self._lost) or (
+            code == -signal.SIGKILL and not self._lost
+        )
         memory = f" Perhaps for lack of memory: {memory_hint(job.stage)}" if killed else ""
         return StageError(
             f"{job.step}: {what}.{memory}\nThe last lines:\n{tail or '  | (none)'}",
@@ -283,10 +286,10 @@ class Crew:
         """Run a job in the child of its launch profile; starts that child if need be."""
         self.check_stop(job.step)
         # the rank step is about people: one process, whatever training needs
-        several = is_several(self._settings) and job.stage != "rank"
+        several = is_several(self._settings) and job.stage not in ("rank", "judge")
         if several not in self._children:
             if several:
-                refuse_deepspeed(self._settings.profile)
+                check_profile(self._settings.profile)
             folder = self._folder / (SEVERAL if several else "plain")
             self._children[several] = Child(self._settings, several, folder)
         self._children[several].run(job, self.stop)

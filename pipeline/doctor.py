@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pipeline
-from pipeline import launch
+from pipeline import launch, trackers
 from pipeline.errors import ConfigError
 from pipeline.settings.launch import LaunchSettings
 
@@ -80,6 +80,7 @@ def examine() -> tuple[list[str], bool]:
     lines.append(f"disk: {free / 1e9:.1f} GB free here")
     profiles = sorted(path.stem for path in (launch.configs() / "accelerate").glob("*.yaml"))
     lines.append(f"launch profiles: auto{''.join(f', {name}' for name in profiles)}")
+    lines.append(f"trackers: {trackers.found()}")
     return lines, healthy
 
 

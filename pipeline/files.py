@@ -21,6 +21,13 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def replace_durably(temporary: Path, path: Path) -> None:
+    """Give a complete file its name, once its bytes are on disk: a power cut leaves the old one or this one."""
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
 def write_atomic(path: Path, text: str, durable: bool = True) -> None:
     """Replace `path` by `text`, whole or not at all."""
     temporary = path.with_name(f"{path.name}.tmp")

@@ -6,14 +6,17 @@ The parent writes a job as JSON; the child (see `worker.py`) calls the stage's
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from pipeline.files import replace_durably, sync
 from pipeline.records import canonical_json
 
 Metrics = dict[str, Any]
@@ -78,6 +81,13 @@ class Job:
         return cls(**{**row, **paths, "inputs": inputs})
 
 
+class Tracker(Protocol):
+    """Takes the rows of metrics.jsonl to another program as well (stages/tracking.py)."""
+
+    def log(self, step: int, metrics: Metrics) -> None: ...
+    def finish(self) -> None: ...
+
+
 class Out:
     """Where a stage works, and how it tells the world what it does.
 
@@ -85,6 +95,7 @@ class Out:
     checkpoints: folder for the stage's own checkpoints.
     contract, derived, cost: dicts that the stage fills; they go into the manifest.
     resumed_from: set by the stage to the step it continued from.
+    steps_per_row: optimiser steps, which number a Trainer's checkpoints, to a row of the metrics.
     """
 
     def __init__(self, job: Job, rank: int = 0, world_size: int = 1) -> None:
@@ -101,10 +112,33 @@ class Out:
         self.derived: dict[str, Any] = {}
         self.cost: dict[str, float] = {"tokens": 0, "flops": 0.0}
         self.resumed_from: int | None = None
-        self._last_beat = 0.0
+        self.tracker: Tracker | None = None
+        self.steps_per_row = 1
+        self._last_beat = -math.inf
         self._last_shown = 0.0
-        self._metrics = job.work / "metrics.jsonl"
-        self._samples = job.work / "samples.jsonl"
+
+    @property
+    def _metrics(self) -> Path:
+        return self.work / "metrics.jsonl"
+
+    @property
+    def _samples(self) -> Path:
+        return self.work / "samples.jsonl"
+
+    @property
+    def validations(self) -> Path:
+        """What each prompt of each validation got: see `validation`."""
+        return self.work / "validations.jsonl"
+
+    def below(self, name: str) -> Out:
+        """A part of the work with rows, checkpoints, costs and derived values of its own, in a folder
+        of its own."""
+        part = copy.copy(self)
+        part.work = self.work / name
+        part.checkpoints = part.work / "checkpoints"
+        part.checkpoints.mkdir(parents=True, exist_ok=True)
+        part.derived, part.cost = {}, {"tokens": 0, "flops": 0.0}
+        return part
 
     def spend(self, what: str, seconds: float) -> None:
         """Add to what the step spent on something beside its work: `checkpoint_seconds` in its cost."""
@@ -124,6 +158,8 @@ class Out:
             file.write(
                 canonical_json({"step": step, **metrics, "time": round(time.time(), 3)}) + "\n"
             )
+        if self.tracker:
+            self.tracker.log(step, metrics)
         # every row is in the file; people see one every few seconds, and every evaluation
         is_evaluation = any(key.startswith(_EVALUATION) for key in metrics)
         now = time.monotonic()
@@ -137,16 +173,29 @@ class Out:
         )
         self.say(f"step {step}  {shown}")
 
+    def keep_rows(self) -> None:
+        """Wait until the rows written so far are on disk: a checkpoint that is there has its rows."""
+        for path in (self._metrics, self._samples):
+            if self.rank == 0 and path.exists():
+                sync(path)
+
     def sample(self, step: int, **row: Any) -> None:
         """One text that the model wrote, with its prompt, as a row of samples.jsonl."""
+        self._append(self._samples, step, row)
+
+    def validation(self, step: int, **row: list[float]) -> None:
+        """What each prompt of a validation got, as a row of validations.jsonl."""
+        self._append(self.validations, step, row)
+
+    def _append(self, path: Path, step: int, row: dict[str, Any]) -> None:
         if self.rank != 0:
             return
-        with self._samples.open("a", encoding="utf-8") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write(canonical_json({"step": step, **row}) + "\n")
 
     def rewind(self, step: int | None) -> None:
         """Forget the metric rows and sample texts after `step` (None: all): that work is done again."""
-        for path in (self._metrics, self._samples):
+        for path in (self._metrics, self._samples, self.validations):
             if self.rank != 0 or not path.exists():
                 continue
             # behind the last line end stands nothing, or what a kill left of a row, perhaps half a
@@ -155,15 +204,16 @@ class Out:
             kept = [row for row in rows if step is not None and json.loads(row)["step"] <= step]
             temporary = path.with_suffix(".tmp")
             temporary.write_bytes(b"".join(row + b"\n" for row in kept))
-            os.replace(temporary, path)
+            replace_durably(temporary, path)
 
     def progress(self, done: int, total: int, unit: str = "step") -> None:
         """A heartbeat, at most twice a second: `status` shows it and can tell alive from dead."""
-        now = time.time()
+        # a clock that is set back must not silence it
+        now = time.monotonic()
         if self.rank != 0 or (now - self._last_beat < 0.5 and done < total):
             return
         self._last_beat = now
-        beat = {"done": done, "total": total, "unit": unit, "pid": os.getpid(), "time": now}
+        beat = {"done": done, "total": total, "unit": unit, "pid": os.getpid(), "time": time.time()}
         temporary = self.work / "heartbeat.tmp"
         temporary.write_text(json.dumps(beat), encoding="utf-8")
         os.replace(temporary, self.work / "heartbeat.json")

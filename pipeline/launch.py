@@ -175,16 +175,21 @@ def profile_values(name: str) -> dict[str, Any]:
     return values
 
 
-def refuse_deepspeed(name: str) -> None:
-    """Before accelerate is started, which only says that DeepSpeed is not installed.
+def check_profile(name: str) -> None:
+    """Before anything is started: accelerate would only say that DeepSpeed is not installed, and copy whole
+    models where it cannot shard.
 
     Raises:
-        ConfigError: the profile is one of DeepSpeed's.
+        ConfigError: the profile is one of DeepSpeed's, or shards and there is no GPU.
     """
-    if (
-        name != "auto"
-        and str(profile_values(name).get("distributed_type", "")).upper() == "DEEPSPEED"
-    ):
+    kind = "" if name == "auto" else str(profile_values(name).get("distributed_type", "")).upper()
+    if kind == "FSDP" and not gpus():
+        raise ConfigError(
+            f"launch.profile {name}: accelerate shards models on GPUs only, and this machine has none;"
+            " it would copy the whole model to each process and say nothing",
+            "Set launch.profile to auto.",
+        )
+    if kind == "DEEPSPEED":
         raise ConfigError(
             f"launch.profile {name}: DeepSpeed would take over the optimisers and train weights that are"
             " bf16 themselves, so that numbers and artifacts would be others",

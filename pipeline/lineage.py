@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ class Node:
     digest: str | None = None
     fingerprint: str | None = None
     path: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Every setting that the result depends on."""
     rankings: dict[str, Any] = field(default_factory=dict)
-    """Of a rankings artifact: how many, by whom, from where."""
+    """Of a rankings artifact: how many, by whom, from where, and their ids."""
     again: bool = False
     """It was shown before; its inputs are not repeated."""
     inputs: list[Node] = field(default_factory=list)
@@ -78,6 +81,7 @@ def _node(
         node.again = True
         return node
     seen.add(made.fingerprint)
+    node.settings = made.settings
     if made.kind == "rankings" and work:
         node.rankings = _summary(work)
     for name, item in sorted(made.inputs.items()):
@@ -107,6 +111,7 @@ def _summary(work: Path) -> dict[str, Any]:
         "rankings": len(rows),
         "annotators": dict(sorted(Counter(str(row["annotator"]) for row in rows).items())),
         "sources": dict(sorted(Counter(str(row.get("source", "?")) for row in rows).items())),
+        "ids": sorted(str(row["id"]) for row in rows),
     }
 
 
@@ -138,16 +143,15 @@ def forward(run: Run, label: str) -> dict[str, Any]:
     """
     if len(label) < _SHORTEST_ID:
         raise DataError(f"--label: {label!r} is too short", f"Give {_SHORTEST_ID} digits or more.")
-    made = all_manifests(run)
     found: dict[str, dict[str, Any]] = {}
-    touched: set[str] = set()
-    for work, item in made.items():
-        if item.kind != "rankings":
-            continue
-        for row in label_rows(work):
-            if str(row["id"]).startswith(label):
-                found[str(row["id"])] = row
-                touched.add(item.fingerprint)
+
+    def is_meant(row: dict[str, Any]) -> bool:
+        if not str(row["id"]).startswith(label):
+            return False
+        found[str(row["id"])] = row
+        return True
+
+    reached = touched_by(run, is_meant)
     if not found:
         raise DataError(
             f"--label: no rankings artifact of {run.path} holds a label {label!r}",
@@ -155,6 +159,24 @@ def forward(run: Run, label: str) -> dict[str, Any]:
         )
     if len(found) > 1:
         raise DataError(f"--label: {label!r} is the beginning of {len(found)} labels")
+    return {
+        "label": next(iter(found.values())),
+        "touched": [
+            {"step": item.step, "fingerprint": item.fingerprint, "path": str(work)}
+            for work, item in reached
+        ],
+    }
+
+
+def touched_by(run: Run, is_meant: Callable[[dict[str, Any]], bool]) -> list[tuple[Path, Manifest]]:
+    """Every artifact that holds such a ranking or was made from one that does, older ones included."""
+    made = all_manifests(run)
+    touched = {
+        item.fingerprint
+        for work, item in made.items()
+        # each row is looked at: one call may note them
+        if item.kind == "rankings" and sum(map(is_meant, label_rows(work)))
+    }
     # an artifact is touched if one of its inputs is
     grown = True
     while grown:
@@ -166,11 +188,4 @@ def forward(run: Run, label: str) -> dict[str, Any]:
         grown = not more <= touched
         touched |= more
     reached = [(work, item) for work, item in made.items() if item.fingerprint in touched]
-    reached.sort(key=lambda pair: (pair[1].finished, pair[1].step))
-    return {
-        "label": next(iter(found.values())),
-        "touched": [
-            {"step": item.step, "fingerprint": item.fingerprint, "path": str(work)}
-            for work, item in reached
-        ],
-    }
+    return sorted(reached, key=lambda pair: (pair[1].finished, pair[1].step))

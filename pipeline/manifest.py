@@ -200,7 +200,11 @@ def why_stale(
     if old.stage_version != step.stage.version:
         reasons.append(f"stage version {old.stage_version} -> {step.stage.version}")
     default = defaults()
+    sections = {key.split(".")[0] for key in old.settings}
     for key, value in hashed_settings(settings, step.stage).items():
+        if sections and key.split(".")[0] not in sections:
+            # that it is read at all now has a reason of its own, which is told
+            continue
         # a setting that is younger than the manifest had its default then
         before = old.settings.get(key, default[key])
         if before != value:

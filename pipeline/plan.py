@@ -14,6 +14,14 @@ from pipeline.settings import Settings
 # what sample reads where it chooses among prompts, and only there: else they make nothing stale
 _SELECTING = ("select", "rank.heldout_fraction")
 
+_ANSWERING = tuple(
+    f"evaluate.{name}"
+    for name in ("max_prompts", "max_prompt_tokens", "max_response_tokens", "temperature")
+)
+_JUDGING = tuple(f"evaluate.people.{name}" for name in ("overlap", "minimum", "lease_minutes"))
+# steps that a command runs before its own, where the line has them
+COMES_WITH = {"evaluate": ("answers", "judge")}
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -36,11 +44,13 @@ STAGES: dict[str, Stage] = {
         Stage("sample", "stages.sample", 2, "samples", ("model", "sample", *_SELECTING)),
         Stage("rank", "labeling_ui.rank", 1, "rankings", ("rank",)),
         Stage("reward", "stages.reward", 3, "reward_model", ("model", "reward")),
-        Stage("ppo", "stages.ppo", 4, "policy", ("model", "pretrain", "sample", "ppo")),
+        Stage("ppo", "stages.ppo", 4, "policy", ("model", "pretrain", "sample", "reward", "ppo")),
         Stage("dpo", "stages.dpo", 1, "policy", ("model", "dpo")),
         Stage("kto", "stages.kto", 1, "policy", ("model", "kto")),
         Stage("grpo", "stages.grpo", 1, "policy", ("model", "sample", "grpo")),
         Stage("rloo", "stages.rloo", 1, "policy", ("model", "sample", "rloo")),
+        Stage("answers", "stages.answers", 1, "answers", ("model", "sample", *_ANSWERING)),
+        Stage("judge", "labeling_ui.judge", 1, "judgements", ("rank.store", *_JUDGING)),
         Stage(
             "evaluate",
             "stages.evaluate",
@@ -140,6 +150,7 @@ def _rounds(settings: Settings, steps: _Steps, before_sft: str | None, sft: str 
     add, base = steps.add, _base(settings)
     samples = first_samples = rankings = reward = None
     policy = sft
+    earlier: dict[str, str | None] = {}
     for round in range(1, settings.run.rounds + 1):
         if settings.sample.prompts:
             selecting: str | None = reward if settings.select.by != "random" else None
@@ -168,28 +179,53 @@ def _rounds(settings: Settings, steps: _Steps, before_sft: str | None, sft: str 
                 {"model": None if sft else base},
             )
         inputs, sources = _policy_reads(settings, policy, sft, reward, samples, rankings)
-        policy = add(settings.run.policy, round, inputs, sources)
+        # ppo trains a reward model of its own where it watches one, and only there
+        without = () if "rankings" in inputs else ("reward",)
+        policy = add(settings.run.policy, round, inputs, sources, without)
         judged_on = settings.evaluate.prompts
         if not settings.has_rankings:
             judged_on = judged_on or sources["prompts"]
+        models = {
+            "policy": policy,
+            "sft": sft,
+            "base": before_sft if before_sft != sft else None,
+            "prompts": None if judged_on else samples or rankings,
+        }
+        given = {
+            "sft": None if sft else base,
+            "base": base if (before_sft is None and sft) else None,
+            "prompts": judged_on,
+        }
+        answers = judgements = None
+        if "people" in settings.evaluate.judges:
+            answers = add("answers", round, models, given)
+            judgements = add("judge", round, {"answers": answers}, {})
         add(
             "evaluate",
             round,
             {
-                "policy": policy,
-                "sft": sft,
-                "base": before_sft if before_sft != sft else None,
+                **models,
+                **earlier,
                 "rankings": rankings,
                 "reward_model": reward,
-                "prompts": None if judged_on else samples or rankings,
+                "answers": answers,
+                "judgements": judgements,
             },
             {
-                "sft": None if sft else base,
-                "base": base if (before_sft is None and sft) else None,
-                "prompts": judged_on,
+                **given,
                 "text": settings.evaluate.text or settings.pretrain.data or settings.sft.data,
+                **{
+                    role: getattr(settings.evaluate, role)
+                    for role in (
+                        "tasks",
+                        "refusal_prompts",
+                        "refusal_annotations",
+                        "toxicity_prompts",
+                    )
+                },
             },
         )
+        earlier[f"policy_{round}"] = policy
 
 
 def _policy_reads(
@@ -210,7 +246,9 @@ def _policy_reads(
     inputs |= {"reward_model": reward, "prompts": None if own.prompts else samples or rankings}
     sources |= {"prompts": own.prompts, "reward_models": own.reward_models}
     if settings.run.policy == "ppo":
-        sources["gold"] = own.gold
+        sources["gold_model"] = own.gold_model
+        if own.gold == "reward_model" and not own.gold_model:
+            inputs["rankings"] = rankings
         if own.ptx_coef > 0:
             sources["ptx"] = own.ptx_data or settings.pretrain.data
     return inputs, sources

@@ -23,6 +23,8 @@ from pipeline.errors import DataError
 Message = dict[str, str]
 SPLITS = ("train", "validation", "test")
 ROW_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".txt", ".md", ".zip")
+# a file of a zip is read whole; one of a few kilobytes can unpack to more than the memory holds
+_LARGEST_MEMBER = 2**30
 
 
 # made once: json.dumps makes one a call, which costs as much as a small value
@@ -350,6 +352,11 @@ def _zip_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 suffix = Path(name).suffix.lower()
                 if name.endswith("/") or _hidden(name):
                     continue
+                if archive.getinfo(name).file_size > _LARGEST_MEMBER:
+                    raise DataError(
+                        f"{path}/{name}: unpacks to more than {_LARGEST_MEMBER >> 20:,} MiB",
+                        "Unpack it, and give the folder.",
+                    )
                 if suffix in (".txt", ".md", ".jsonl", ".json", ".csv"):
                     yield from _text_rows(f"{path}/{name}", suffix, archive.read(name))
                 else:

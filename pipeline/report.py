@@ -21,6 +21,7 @@ from markupsafe import Markup
 from pipeline import states, workspace
 from pipeline.files import write_atomic
 from pipeline.plan import STAGES
+from pipeline.report_behaviour import behaviour
 from pipeline.report_charts import score_histograms, training_charts
 from pipeline.report_costs import cost_rows, plan_rows
 from pipeline.report_data import (
@@ -30,8 +31,12 @@ from pipeline.report_data import (
     read_step,
     texts,
 )
+from pipeline.report_failures import failures
+from pipeline.report_frontier import frontier_views
+from pipeline.report_judges import TITLES, judge_tables
 from pipeline.report_notes import careful_notes
 from pipeline.report_plots import Row, finite, number, percent, win_bar
+from pipeline.report_reward import reward_view
 from pipeline.report_tables import (
     annotator_rows,
     environment_rows,
@@ -43,11 +48,6 @@ from pipeline.report_tokens import token_views
 from pipeline.workspace import Run
 
 LONGEST_TEXT = 4000
-JUDGES = {
-    "rubric": "the demo\u2019s hidden rubric",
-    "reward_model": "a second reward model",
-    "people": "people",
-}
 # C0, C1, zero-width and direction overrides: they can hide or reorder what a reader sees
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
@@ -113,14 +113,19 @@ def _view(run: Run, steps: list[StepView]) -> Row:
             {},
         ),
         "wins": [(s.round, *_interval(s.metrics), win_bar(*_interval(s.metrics))) for s in judged],
+        "failures": failures(run, steps),
         "notes": careful_notes(settings, steps, comparisons),
         "learning": _learning(steps),
+        "frontiers": frontier_views(steps),
         "rank_steps": [(s, annotator_rows(s)) for s in steps if s.stage == "rank" and s.manifest],
         "reward_steps": [s for s in steps if s.stage == "reward" and s.manifest],
+        "reward_view": reward_view,
         "histograms": score_histograms(steps, comparisons),
         "samples": chosen_samples(comparisons),
         "shaded": shaded,
         "qualities": quality_rows(last),
+        "behaviour": behaviour(last),
+        "judges": judge_tables(last),
         "costs": cost_rows(steps, settings.cost),
         "planned": plan_rows(run, steps),
         "settings": setting_rows(run),
@@ -183,7 +188,7 @@ def verdict(evaluate: StepView | None, comparisons: list[Row], several: bool = F
     prompts = number(metrics.get("prompts") or len(comparisons) or None)
     where = f"Round {evaluate.round}: on" if several else "On"
     sentence = (
-        f"{where} {prompts or 'the'} held-out prompts, {JUDGES.get(judge, judge)}"
+        f"{where} {prompts or 'the'} held-out prompts, {TITLES.get(judge, judge)}"
         f" preferred the policy\u2019s response to the sft model\u2019s in {percent(rate)} of the cases"
     )
     if low is None or high is None:

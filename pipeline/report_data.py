@@ -26,6 +26,8 @@ KEY_METRICS: dict[str, tuple[tuple[str, str, bool], ...]] = {
     "kto": (("heldout_accuracy", "held-out accuracy", True),),
     "grpo": (("validation_reward", "validation reward", False),),
     "rloo": (("validation_reward", "validation reward", False),),
+    "answers": (("prompts", "prompts answered", False),),
+    "judge": (("judgements", "judgements", False),),
     "evaluate": (("win_rate_vs_sft", "wins against sft", True),),
 }
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from pipeline.report_behaviour import alarms
 from pipeline.report_data import StepView, mapping
+from pipeline.report_judges import BASIS, judge_notes
 from pipeline.report_plots import Row, finite, number, percent, points
 from pipeline.settings import Settings
 
@@ -28,16 +30,22 @@ def careful_notes(
     notes = [*_unfinished(steps)]
     last = {step.stage: step for step in steps if step.manifest}
     if "evaluate" in last:
+        notes += alarms(last["evaluate"].metrics)
         notes += _win_rate(last["evaluate"].metrics, comparisons)
+        notes += judge_notes(last["evaluate"].metrics)
         notes += _best_of_n(last["evaluate"].metrics)
         notes += _behaviour(last["evaluate"].metrics)
     if "reward" in last:
         notes += _reward_model(last["reward"].metrics)
+    notes += [note for step in steps for note in forced_gate(step)]
     if "rank" in last:
         notes += _rankings(last["rank"].metrics, settings)
     notes += [
         note for name in ("ppo", "grpo", "rloo") if name in last for note in _kept(last[name])
     ]
+    if "ppo" in last:
+        judge = last["evaluate"].metrics.get("judge") if "evaluate" in last else None
+        notes += _over_optimised(last["ppo"].metrics, settings, judge)
     notes += [note for step in steps for note in (*_overfit(step), *_dropped(step))]
     if "evaluate" in last:
         notes.append(
@@ -64,9 +72,12 @@ def _win_rate(metrics: Row, comparisons: Sequence[Row]) -> Iterator[str]:
     if prompts is not None and prompts < FEW_PROMPTS:
         yield f"Only {number(prompts)} prompts were compared; raise evaluate.max_prompts for a narrower interval."
     if metrics.get("judge") == "reward_model":
-        accuracy = percent(metrics.get("judge_accuracy"))
+        agreed = percent(metrics.get("judge_reward_model_agreement"))
+        whom = BASIS.get(str(metrics.get("labels_by")), "the annotators")
         yield "The judge is a reward model, not people" + (
-            f"; it agrees with held-out rankings in {accuracy} of the pairs." if accuracy else "."
+            f"; on rankings that are new to it, it agrees with {whom} in {agreed} of the pairs."
+            if agreed
+            else "."
         )
     if rate is not None and comparisons and len(comparisons) == prompts:
         points_of = {"policy": 1.0, "tie": 0.5}
@@ -137,6 +148,16 @@ def _reward_model(metrics: Row) -> Iterator[str]:
         yield f"The reward model\u2019s score follows length (correlation {number(length, 2)})."
 
 
+def forced_gate(step: StepView) -> Iterator[str]:
+    gate = mapping(mapping(step.manifest.get("derived")).get("gate"))
+    reasons = gate.get("reasons")
+    if gate.get("forced") is True and isinstance(reasons, list) and reasons:
+        yield (
+            f"{step.name} went on through a closed gate (reward.gate.force):"
+            f" {'; '.join(map(str, reasons))}."
+        )
+
+
 def _rankings(metrics: Row, settings: Settings) -> Iterator[str]:
     rankings, ties = finite(metrics.get("rankings")), finite(metrics.get("ties_fraction"))
     if rankings is not None and rankings < FEW_RANKINGS:
@@ -169,6 +190,21 @@ def _kept(step: StepView) -> Iterator[str]:
     ended = points(step.rows, "eos_rate")
     if ended and ended[-1][1] < 0.9:
         yield f"Only {percent(ended[-1][1])} of the last responses ended by themselves; the others were cut off."
+
+
+def _over_optimised(metrics: Row, settings: Settings, judge: object) -> Iterator[str]:
+    ppo, peak = settings.ppo, number(metrics.get("gold_peak_update"))
+    if metrics.get("gold_fell") is True and ppo.keep != "best_gold":
+        yield (
+            f"PPO was optimised too far: gold was highest at update {peak} and fell while the score rose;"
+            " ppo.keep=best_gold publishes that policy."
+        )
+    learnt = ppo.gold == "reward_model" and not ppo.gold_model
+    if learnt and ppo.keep == "best_gold" and judge == "reward_model":
+        yield (
+            "The gold that chose the policy and the judge learned from the same held-out rankings:"
+            " the judge is kinder to this policy than people may be."
+        )
 
 
 def _overfit(step: StepView) -> Iterator[str]:

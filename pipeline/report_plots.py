@@ -24,12 +24,14 @@ MOST_TOOLTIPS = 80
 
 
 class Series(NamedTuple):
-    """One curve. look: line, thin, dotted (line with dots), or dots (no line)."""
+    """One curve. look: line, thin, dotted (line with dots), or dots (no line). bars: the interval of
+    each point, drawn where there are as many."""
 
     name: str
     points: list[Point]
     colour: str
     look: Look = "line"
+    bars: tuple[Point, ...] = ()
 
 
 class Mark(NamedTuple):
@@ -131,6 +133,7 @@ def chart(
         return None
     xs = [x for s in drawn for x, _ in s.points] + ([mark.x] if mark else [])
     ys = [y for s in drawn for _, y in s.points] + ([mark.y] if mark else [])
+    ys += [end for s in drawn for bar in _bars(s) for end in bar]
     frame = _Frame((min(xs), max(xs)), ticks(min(ys), max(ys)))
     parts = _axes(frame, x_label)
     for one in drawn:
@@ -176,9 +179,18 @@ def _axes(frame: _Frame, x_label: str) -> list[str]:
     return parts
 
 
+def _bars(series: Series) -> tuple[Point, ...]:
+    return series.bars if len(series.bars) == len(series.points) else ()
+
+
 def _curve(frame: _Frame, series: Series, x_label: str) -> list[str]:
     spots = [frame.at(x, y) for x, y in series.points]
     parts = []
+    for (at, _), bar in zip(series.points, _bars(series), strict=False):
+        (x, low), (_, high) = frame.at(at, bar[0]), frame.at(at, bar[1])
+        parts.append(
+            f'<path class="{series.colour} bar" d="M{x:.1f} {low:.1f}L{x:.1f} {high:.1f}"/>'
+        )
     if series.look != "dots" and len(spots) > 1:
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in spots)
         parts.append(f'<path class="{series.colour} {series.look}" d="{path}"/>')

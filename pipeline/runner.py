@@ -12,12 +12,19 @@ import sys
 from dataclasses import replace
 
 import pipeline
-from pipeline import artifacts, contract, launch, manifest
+from pipeline import artifacts, contract, gate, launch, manifest
 from pipeline.crew import Crew, Interrupted
-from pipeline.errors import ArtifactError, ConfigError, PeopleNeeded, Stopped, ToolkitError
+from pipeline.errors import (
+    ArtifactError,
+    ConfigError,
+    PeopleNeeded,
+    StageError,
+    Stopped,
+    ToolkitError,
+)
 from pipeline.job import Job
 from pipeline.manifest import InputRecord, Manifest
-from pipeline.plan import STAGES, Step, plan
+from pipeline.plan import COMES_WITH, STAGES, Step, plan
 from pipeline.settings import Settings
 from pipeline.states import Inspector, StepState, inspect
 from pipeline.workspace import Run
@@ -31,6 +38,8 @@ _VERBS = {
     "rankings": "rank",
     "reward_model": "train",
     "policy": "train",
+    "answers": "ask the models",
+    "judgements": "ask people",
     "evaluation": "evaluate",
 }
 _PACKAGES = (
@@ -56,7 +65,13 @@ def select(settings: Settings, until: str | None = None, only: str | None = None
     wanted = until or only
     if wanted is None:
         return steps
-    chosen = [i for i, step in enumerate(steps) if wanted in (step.name, step.stage.name)]
+    # people judge in steps of their own, which belong to the command
+    with_it = COMES_WITH.get(wanted, ()) if only else ()
+    chosen = [
+        i
+        for i, step in enumerate(steps)
+        if wanted in (step.name, step.stage.name) or step.stage.name in with_it
+    ]
     if not chosen:
         names = [step.name for step in steps]
         close = difflib.get_close_matches(wanted, [*names, *STAGES], n=1)
@@ -89,7 +104,7 @@ def explain(state: StepState) -> str:
     verb = _VERBS[state.step.stage.kind]
     if state.word == "done":
         return f"{name}: done, nothing to do"
-    if state.word == "damaged":
+    if state.word == "damaged" or (state.gate and state.gate.closed):
         return f"{name}: {state.text}, will stop here"
     if state.word in ("partial", "running", "failed", "waiting"):
         return f"{name}: {state.text}, will go on"
@@ -153,6 +168,7 @@ def _bring_up_to_date(
             f"Restore the file, or remove {state.work} and run again to make the step anew.",
         )
     _require_inputs(run, step, states)
+    _check_gate(run, state)
     _check_inputs(inspector, state, states)
     say(explain(state))
     _run_step(run, crew, state)
@@ -192,6 +208,19 @@ def _lacks(step: Step, states: dict[str, StepState]) -> str:
     return f"needs the result of {' and of '.join(lacking)}"
 
 
+def _check_gate(run: Run, state: StepState) -> None:
+    found, name = state.gate, state.step.name
+    if found is None or not found.reasons:
+        return
+    if found.closed:
+        facts = {"step": name, "fingerprint": state.fingerprint}
+        run.record("gate", **facts, reason=found.text)
+        raise StageError(f"{name}: {state.text}", gate.HINT)
+    say(
+        f"WARNING: {name}: reward.gate.force goes on through {found.text.split('; reward.gate')[0]}"
+    )
+
+
 def _check_inputs(inspector: Inspector, state: StepState, states: dict[str, StepState]) -> None:
     """Contracts and bytes of everything that the step is about to read."""
     contract.check_contracts(state.step.name, state.inputs.values())
@@ -221,7 +250,7 @@ def _run_step(run: Run, crew: Crew, state: StepState) -> None:
     except ToolkitError as error:
         # on a full disk the reason matters more than its record
         with contextlib.suppress(OSError):
-            run.record("failed", **facts, reason=error.message)
+            run.record("failed", **facts, reason=error.message, hint=error.hint)
         raise
     run.record("done", **facts)
 
@@ -272,6 +301,7 @@ def _draft(run: Run, state: StepState) -> Manifest:
             for role, item in state.inputs.items()
         },
         settings=manifest.hashed_settings(settings, step.stage),
+        derived={"gate": state.gate.to_row()} if state.gate else {},
         unhashed=manifest.unhashed_settings(settings, step.stage),
         seed=settings.run.seed,
         precision=settings.model.precision,

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from pipeline import demo_world
+from pipeline import demo_world, tasks
 from pipeline.errors import ConfigError, DataError
 from pipeline.files import HashCache
 from pipeline.records import ROW_SUFFIXES, canonical_json
@@ -32,7 +32,7 @@ KEYS = (
     "rank.data",
     "ppo.prompts",
     "ppo.reward_models",
-    "ppo.gold",
+    "ppo.gold_model",
     "ppo.ptx_data",
     "grpo.prompts",
     "grpo.reward_models",
@@ -40,8 +40,13 @@ KEYS = (
     "rloo.reward_models",
     "evaluate.prompts",
     "evaluate.text",
+    "evaluate.tasks",
+    "evaluate.refusal_prompts",
+    "evaluate.refusal_annotations",
+    "evaluate.toxicity_prompts",
 )
-_FILE_SUFFIXES = (*ROW_SUFFIXES, ".gguf", ".safetensors", ".arrow", ".gz", ".zst")
+_TASK_SUFFIXES = (".yaml", ".yml")
+_FILE_SUFFIXES = (*ROW_SUFFIXES, ".gguf", ".safetensors", ".arrow", ".gz", ".zst", *_TASK_SUFFIXES)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -87,6 +92,8 @@ def check(source: str, key: str) -> None:
             raise DataError(f"{key}: {source} does not exist", hint)
         if not os.access(path, os.R_OK):
             raise DataError(f"{key}: {source} cannot be read (permission denied)")
+        if key == "evaluate.tasks":
+            tasks.check_task(path)
 
 
 def digest(source: str, cache: HashCache) -> str:
@@ -105,6 +112,9 @@ def digest(source: str, cache: HashCache) -> str:
         files = [file for file in sorted(path.rglob("*")) if file.is_file()]
         rows = [[file.relative_to(path).as_posix(), cache.sha256(file)] for file in files]
         return _sha256("folder", rows)
+    if path.suffix.lower() in _TASK_SUFFIXES and path.is_file():
+        # a task file stands for the items that it names, too
+        return _sha256("task", cache.sha256(path), digest(tasks.read_task(path).data, cache))
     try:
         # the suffix decides how a file is read, the rest of its name does not matter
         return _sha256("file", path.suffix.lower(), cache.sha256(path))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline import artifacts, manifest, sources, workspace
+from pipeline import artifacts, gate, manifest, sources, workspace
 from pipeline.errors import ArtifactError, DataError
 from pipeline.files import HashCache, read_json
 from pipeline.job import Input
@@ -35,6 +35,8 @@ class StepState:
     inputs: dict[str, Input] = field(default_factory=dict)
     manifest: Manifest | None = None
     """Of the current result if done or damaged, of the old one if stale."""
+    gate: gate.Gate | None = None
+    """Of a policy that optimises a reward model of this line."""
 
     @property
     def text(self) -> str:
@@ -107,13 +109,28 @@ class Inspector:
         work = self.run.step_dir(step.name, fingerprint)
         if (work / manifest.NAME).is_file():
             return self._finished(step, fingerprint, work, inputs)
+        found_gate = self._gate(step, before)
+        if found_gate and found_gate.closed:
+            return StepState(
+                step, "failed", found_gate.text, fingerprint, work, inputs, gate=found_gate
+            )
         word, reason = self._unfinished(step, fingerprint, work)
         old = self._old(step)
         if word == "missing" and old is not None:
             why = manifest.why_stale(old[1], step, self.run.settings, digests)
             stale_reason = why or "its result was removed"
-            return StepState(step, "stale", stale_reason, fingerprint, old[0], inputs, old[1])
-        return StepState(step, word, reason, fingerprint, work, inputs)
+            return StepState(
+                step, "stale", stale_reason, fingerprint, old[0], inputs, old[1], found_gate
+            )
+        return StepState(step, word, reason, fingerprint, work, inputs, gate=found_gate)
+
+    def _gate(self, step: Step, before: Mapping[str, StepState]) -> gate.Gate | None:
+        """What the gate says of the reward model that `step` would optimise."""
+        settings = self.run.settings
+        if not gate.guards(step, settings):
+            return None
+        made = before[step.inputs["reward_model"]].manifest
+        return gate.look(settings.reward.gate, made.metrics) if made else None
 
     # ---- inputs --------------------------------------------------------------------------
 
@@ -190,6 +207,8 @@ class Inspector:
         more = labels["rankings"] - then["rankings"]
         words = "new ranking" if more == 1 else "new rankings"
         reason = f"{more} {words}" if more > 0 else "rankings were changed"
+        if labels.get("forgotten") != then.get("forgotten"):
+            reason = "an annotator was forgotten"
         fingerprint = content_id("labels", fingerprint, labels)
         word, progress = self._unfinished(
             step, fingerprint, self.run.step_dir(step.name, fingerprint)

@@ -45,14 +45,14 @@ def mean_with_interval(
         values: one a prompt; or several, of which `clusters` says to which prompt each belongs.
             Values of one prompt are not independent: whole prompts are drawn.
     """
-    sums_N = np.asarray(values, dtype=np.float64)
-    counts_N = np.ones_like(sums_N)
+    sums_N: Floats = np.asarray(values, dtype=np.float64)
+    counts_N: Floats = np.ones_like(sums_N)
     total = len(sums_N)
     if clusters is not None:
         # in the order of the first appearance: what is drawn does not depend on the names
         place: dict[Hashable, int] = {}
         code_N = np.array([place.setdefault(name, len(place)) for name in clusters])
-        sums_N = np.bincount(code_N, sums_N)
+        sums_N = np.bincount(code_N, sums_N).astype(np.float64)
         counts_N = np.bincount(code_N).astype(np.float64)
     picks_DN = _picks(len(sums_N), seed)
     means_D = sums_N[picks_DN].sum(1) / counts_N[picks_DN].sum(1)

@@ -24,6 +24,8 @@ _HEADLINES = {
     "kto": ("heldout_accuracy", "held-out accuracy {:.3f}"),
     "grpo": ("validation_reward", "validation reward {:.3f}"),
     "rloo": ("validation_reward", "validation reward {:.3f}"),
+    "answers": ("prompts", "{:.0f} prompts"),
+    "judge": ("judgements", "{:.0f} judgements"),
     "evaluate": ("win_rate_vs_sft", "win rate {:.3f}"),
 }
 
@@ -117,7 +119,29 @@ def _comparison(metrics: dict[str, Any]) -> list[str]:
         *align(rows),
         *_best_of_n(metrics),
         *([f"judge: {judge}; ties count one half"] if judge else []),
+        *_judges(metrics),
     ]
+
+
+def _judges(metrics: dict[str, Any]) -> list[str]:
+    """A row for each judge: where there are several, or labels to compare one with."""
+    rows = [("judge", "policy wins against sft", "at equal length", "agrees with annotators")]
+    names = metrics.get("judges") or []
+    for name, title in zip(names, metrics.get("judge_titles") or [], strict=False):
+        found = f"judge_{name}_win_rate_vs_sft"
+        keys = (found, f"{found}_length_controlled", f"judge_{name}_agreement")
+        won, equal, agreed = (_estimate(metrics, key) for key in keys)
+        rows.append((str(title), won, equal, agreed))
+    if "annotator_agreement" in metrics:
+        rows.append(("annotators", "", "", _estimate(metrics, "annotator_agreement")))
+    return align(rows) if len(rows) > 1 else []
+
+
+def _estimate(metrics: dict[str, Any], name: str) -> str:
+    if name not in metrics:
+        return "-"
+    value, low, high = (_cell(metrics, name + end, 3) for end in ("", "_low", "_high"))
+    return f"{value} ({low} to {high})"
 
 
 def _best_of_n(metrics: dict[str, Any]) -> list[str]:

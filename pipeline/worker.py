@@ -181,7 +181,14 @@ def run_job(job: Job, rank: int, world_size: int) -> None:
     meter, started = Meter(settings.cost, world_size), _now()
     if stop_requested():
         raise Stopped(f"{job.step}: stopped before it began")
-    metrics = run(settings, job.inputs, out)
+    if rank == 0 and settings.run.tracker != "none":
+        # by name, as the stages: the core knows nothing of trackers
+        out.tracker = importlib.import_module("stages.tracking").open_tracker(job, out)
+    try:
+        metrics = run(settings, job.inputs, out)
+    finally:
+        if out.tracker:
+            out.tracker.finish()
     if rank != 0:
         return
     contract.check_contract(job.step, out.contract)
@@ -190,7 +197,10 @@ def run_job(job: Job, rank: int, world_size: int) -> None:
         {
             **job.manifest,
             "digest": "",
-            "derived": plain(out.derived, f"{job.step}: derived"),
+            "derived": {
+                **job.manifest.get("derived", {}),
+                **plain(out.derived, f"{job.step}: derived"),
+            },
             "contract": plain(out.contract, f"{job.step}: contract"),
             "metrics": plain(metrics, f"{job.step}: metric"),
             "cost": cost,
@@ -201,6 +211,7 @@ def run_job(job: Job, rank: int, world_size: int) -> None:
             "seconds": cost["seconds"],
         }
     )
+    out.keep_rows()
     artifacts.publish(job.work, draft)
     out.say(f"done in {cost['seconds']:.1f} s")
 

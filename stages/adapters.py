@@ -34,11 +34,16 @@ def save_reward_adapter(model: PeftModel, artifact: Path, base_digest: str) -> N
     lora = {name: t for name, t in weights.items() if "lora_" in name}
     save_file(_plain(lora), folder / "adapter_model.safetensors")
     save_file(_plain(dict(head.named_parameters())), folder / "head.safetensors")
+    write_config(model, folder)
+    _write(folder / _ORIGIN, {"base_digest": base_digest, "head": "head.safetensors"})
+
+
+def write_config(model: PeftModel, folder: Path) -> None:
+    """peft's adapter_config.json, without names and versions."""
     config = model.peft_config["default"].to_dict()
     config |= {"inference_mode": True, "base_model_name_or_path": None, "auto_mapping": None}
     config.pop("peft_version", None)
     _write(folder / "adapter_config.json", config)
-    _write(folder / _ORIGIN, {"base_digest": base_digest, "head": "head.safetensors"})
 
 
 def adapter_base(artifact: Path) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.job import Metrics
 
-_WINDOW = 3
+WINDOW = 3
 # a critic that began as the reward model first has to learn what unfinished responses are worth
 _CRITIC_LEARNS = 10
 _WATCHED = (
@@ -22,6 +22,7 @@ _WATCHED = (
     "response_tokens",
     "eos_rate",
     "repetition",
+    "distinct_responses",
     "score",
 )
 
@@ -57,10 +58,10 @@ class Alarms:
         for key in _WATCHED:
             if key in row:
                 first = self.first.setdefault(key, [])
-                if len(first) < _WINDOW:
+                if len(first) < WINDOW:
                     first.append(row[key])
-                self.last[key] = [*self.last.get(key, []), row[key]][-_WINDOW:]
-        if update <= _WINDOW:
+                self.last[key] = [*self.last.get(key, []), row[key]][-WINDOW:]
+        if update <= WINDOW:
             return []
         holding = dict(self._holding(update))
         begun = {name: text for name, text in holding.items() if name not in self.holding}

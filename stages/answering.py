@@ -7,21 +7,23 @@ of the sft model to each prompt, of which the one with the highest reward-model 
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.job import Out
+from pipeline.files import replace_durably
+from pipeline.job import Inputs, Out
 from pipeline.records import read_jsonl, write_jsonl
 from pipeline.settings import Settings
 from stages.chat import decode_response, encode_prompt
 from stages.common import gather_list, num_parameters, own_share, seed_for
 from stages.generation import Generated, generate
-from stages.prompts import PromptIds
+from stages.models import load_tokenizer
+from stages.prompts import PromptIds, encode_prompts, load_prompts, longest_prompt, of_split
 from stages.rollout import rows_to_score, score_all
 
 Rows = list[dict[str, Any]]
@@ -36,6 +38,26 @@ class Answers(NamedTuple):
     ended: list[bool]
 
 
+def prompts_to_answer(settings: Settings, inputs: Inputs, out: Out) -> list[PromptIds]:
+    """The held-out prompts, at most evaluate.max_prompts, as the policy reads them."""
+    # a file that is given for this is for this; of one that ppo trains on, the test split only
+    unmarked = "test" if settings.evaluate.prompts else None
+    found = of_split(load_prompts(inputs["prompts"], settings, out, unmarked), "test", settings)
+    max_tokens = longest_question(settings, inputs, out)
+    prompts = encode_prompts(found, load_tokenizer(inputs["policy"]), max_tokens, out)
+    return prompts[: settings.evaluate.max_prompts]
+
+
+def longest_question(settings: Settings, inputs: Inputs, out: Out) -> int:
+    """Tokens of the longest prompt behind which a response still fits."""
+    return longest_prompt(
+        settings.evaluate.max_prompt_tokens,
+        settings.evaluate.max_response_tokens,
+        inputs["policy"].contract.get("max_length"),
+        out,
+    )
+
+
 def answer(
     settings: Settings,
     role: str,
@@ -44,15 +66,21 @@ def answer(
     prompts: list[PromptIds],
     accelerator: Accelerator,
     out: Out,
+    asked_before: Path | None = None,
 ) -> Answers:
-    """One response to each prompt; kept on disk, so that a killed run does not ask again."""
+    """One response to each prompt; kept on disk, so that a killed run does not ask again.
+
+    asked_before: folder of an `answers` artifact. What people have judged is in there.
+    """
+    if asked_before is not None and (asked_before / f"{role}.jsonl").exists():
+        return _answers(_same_prompts(asked_before, role, prompts))
 
     def make() -> Rows:
         share = [prompts[i] for i in own_share(len(prompts), accelerator)]
         seeds = [seed_for(settings.run.seed, "evaluate", p.prompt.id) for p in share]
         return _rows(_sample(settings, model, tokenizer, share, seeds), tokenizer)
 
-    rows = _once(role, make, accelerator, out)
+    rows = once(role, make, accelerator, out)
     written = sum(len(row["tokens"]) for row in rows)
     read = sum(len(prompt.ids) for prompt in prompts)
     out.cost["tokens"] += written
@@ -105,7 +133,7 @@ def best_of_n(
             row["written"] = row["read"] - n * len(share[at].ids)
         return rows
 
-    rows = _once(role, make, accelerator, out)
+    rows = once(role, make, accelerator, out)
     out.cost["tokens"] += sum(row["written"] for row in rows)
     out.cost["flops"] += 2.0 * sizes * sum(row["read"] for row in rows)
     out.cost[f"{role}_seconds"] = round(math.fsum(row["seconds"] for row in rows), 3)
@@ -149,6 +177,12 @@ def _sample(
     )
 
 
+def _same_prompts(folder: Path, role: str, prompts: list[PromptIds]) -> Rows:
+    asked = [row["id"] for row in read_jsonl(folder / "prompts.jsonl")]
+    assert asked == [prompt.prompt.id for prompt in prompts], "the same settings, the same prompts"
+    return read_jsonl(folder / f"{role}.jsonl")
+
+
 def _rows(generated: list[Generated], tokenizer: PreTrainedTokenizerBase) -> Rows:
     return [
         {
@@ -161,7 +195,7 @@ def _rows(generated: list[Generated], tokenizer: PreTrainedTokenizerBase) -> Row
     ]
 
 
-def _once(role: str, make: Callable[[], Rows], accelerator: Accelerator, out: Out) -> Rows:
+def once(role: str, make: Callable[[], Rows], accelerator: Accelerator, out: Out) -> Rows:
     """The rows of all ranks: made, or as an earlier start of this step left them on disk."""
     kept = out.checkpoints / f"{role}.jsonl"
     if kept.exists():
@@ -172,7 +206,7 @@ def _once(role: str, make: Callable[[], Rows], accelerator: Accelerator, out: Ou
         out.checkpoints.mkdir(parents=True, exist_ok=True)
         temporary = kept.with_suffix(".tmp")
         write_jsonl(temporary, rows)
-        os.replace(temporary, kept)
+        replace_durably(temporary, kept)
     accelerator.wait_for_everyone()
     return rows
 

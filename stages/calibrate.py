@@ -107,7 +107,7 @@ def _costs(bench: Bench, steps: list[Row], floor: int) -> list[Row]:
     decode: DecodeCost | None = None
     made: dict[str, tuple[StageCost, float, float]] = {}
     for step in steps:
-        if decode is None and step["stage"] not in ("tokenizer", "rank"):
+        if decode is None and step["stage"] not in ("tokenizer", "rank", "judge"):
             decode = stage_costs.decoding(bench)
         meter, before = ledger.Meter(), resident_bytes()
         cost = _stage(bench, step, decode)
@@ -137,7 +137,7 @@ def _stage(bench: Bench, step: Row, decode: DecodeCost | None) -> StageCost:
         return stage_costs.pretrain(bench, decode)
     if stage == "sft":
         return stage_costs.sft(bench, decode)
-    if stage == "rank":
+    if stage in ("rank", "judge"):
         return stage_costs.rank(bench)
     if stage == "sample":
         return stage_costs.sample(bench, _known(decode), round)

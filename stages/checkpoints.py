@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from pipeline.job import Out
 from stages.sharding import gathered, like
+from stages.stops import check_weights
 
 Tensors = dict[str, Tensor]
 _MANIFEST = "MANIFEST.json"
@@ -69,6 +70,16 @@ class Checkpointer:
         for leftover in self._folder.glob("tmp-*"):
             shutil.rmtree(leftover)
         temporary.mkdir(parents=True)
+        self._out.keep_rows()
+        check_weights(
+            self._out,
+            step,
+            {
+                f"{group} {name}": tensor
+                for group, named in tensors.items()
+                for name, tensor in named.items()
+            },
+        )
         for group, named in tensors.items():
             save_file(named, temporary / f"{group}.safetensors")
         (temporary / "state.json").write_text(json.dumps({"step": step, **state}))

@@ -153,16 +153,6 @@ def stop_if_asked(accelerator: Accelerator, out: Out, save: Callable[[], None]) 
         raise Stopped(f"{out.step}: stopped by a signal; everything is saved")
 
 
-def check_finite(step: int, what: str, **values: float) -> None:
-    """Raise StageError if a number is NaN or infinite, before it reaches a checkpoint."""
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise StageError(
-                f"{what}: {name} is {value} at step {step}; the weights would be lost",
-                f"Lower {what}.lr or {what}.max_grad_norm; the last checkpoint is whole.",
-            )
-
-
 def adamw(
     model: nn.Module | Iterable[nn.Parameter],
     lr: float,

@@ -26,7 +26,9 @@ from stages.generation import Generated
 from stages.prompts import PromptIds
 from stages.rewards import RewardModel, Rewards
 from stages.rollout import Sequences, all_logprobs, make_sequences, mean_repetition
+from stages.rules import Rule
 from stages.sharding import whole
+from stages.stops import distinct_responses
 
 
 @dataclass
@@ -37,8 +39,15 @@ class Models:
     engine: Engine
     reference: PreTrainedModel | None
     rewards: Rewards
-    gold: RewardModel | None
+    gold: RewardModel | Rule | None
     tokenizer: PreTrainedTokenizerBase
+
+    def watched(self) -> Rewards:
+        """What rewards, and gold at weight 0."""
+        models, rules = self.rewards.models, self.rewards.rules
+        if isinstance(self.gold, RewardModel):
+            return Rewards([*models, self.gold], rules)
+        return Rewards(models, {**rules, "gold": (self.gold, 0.0)}) if self.gold else self.rewards
 
 
 class Rollout(NamedTuple):
@@ -156,9 +165,7 @@ def _score(
         if all(g.values for g in generated)
         else batch.as_lists(agent.values(batch, ppo.rows_per_rank))
     )
-    rewards = models.rewards
-    if with_gold and models.gold:
-        rewards = Rewards([*rewards.models, models.gold], rewards.rules)
+    rewards = models.watched() if with_gold else models.rewards
     messages = [list(prompt.prompt.messages) for prompt in prompts]
     scores_B, parts_B = rewards.score(
         ids, messages, responses, tokenizer, device, ppo, ppo.rows_per_rank
@@ -213,6 +220,7 @@ def rollout_metrics(rollout: Rollout, kl_coef: float) -> Metrics:
     """Means over responses; kl in nats a response; see the docstring of `stages.ppo`."""
     valid_BR = rollout.batch.valid_BR
     kl = ppo_math.kl_estimates(rollout.logprobs_BR, rollout.ref_logprobs_BR, valid_BR)
+    responses = rollout.batch.as_lists(rollout.batch.responses_BR)
     score, kl_nats = rollout.scores_B.mean().item(), kl.k1_BR.sum(-1).mean().item()
     row = {
         "score": score,
@@ -222,7 +230,8 @@ def rollout_metrics(rollout: Rollout, kl_coef: float) -> Metrics:
         "kl_coef": kl_coef,
         "response_tokens": rollout.batch.response_tokens_B.float().mean().item(),
         "eos_rate": rollout.ended_B.float().mean().item(),
-        "repetition": mean_repetition(rollout.batch.as_lists(rollout.batch.responses_BR)),
+        "repetition": mean_repetition(responses),
+        "distinct_responses": distinct_responses(responses),
     }
     if rollout.engine_logprobs_BR is not None:
         apart = ppo_math.kl_estimates(rollout.engine_logprobs_BR, rollout.logprobs_BR, valid_BR)

@@ -68,7 +68,7 @@ def generate(
             batch = _decode(
                 model,
                 [prompts[i] for i in rows],
-                _uniforms([seeds[i] for i in rows], max_response_tokens),
+                uniforms([seeds[i] for i in rows], max_response_tokens),
                 eos_id,
                 pad_id,
                 temperature,
@@ -82,7 +82,7 @@ def generate(
     return [generated for generated in results if generated is not None]
 
 
-def _uniforms(seeds: list[int], count: int) -> Tensor:
+def uniforms(seeds: list[int], count: int) -> Tensor:
     """`[B, count]` numbers in [0, 1): row b is the stream of seeds[b]."""
     rng = torch.Generator()
     return torch.stack(
@@ -115,7 +115,7 @@ def _decode(
     live = list(range(len(prompts)))  # rows of the batch -> position in `prompts`
     is_live = [True] * len(prompts)  # the same rows
     for step in range(steps):
-        chosen_B, logprobs_B = _choose(logits_BV, uniforms_BN[:, step], temperature, top_p)
+        chosen_B, logprobs_B = choose(logits_BV, uniforms_BN[:, step], temperature, top_p)
         known_B = [] if values_B is None else values_B.tolist()
         for row, (token, logprob) in enumerate(
             zip(chosen_B.tolist(), logprobs_B.tolist(), strict=True)
@@ -221,7 +221,7 @@ def _read(
     return logits_BV, value_head(states[0]).float().flatten()
 
 
-def _choose(
+def choose(
     logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float
 ) -> tuple[Tensor, Tensor]:
     """A token for each row by inverting the cumulative distribution, and its logprob."""

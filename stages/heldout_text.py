@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.job import Inputs, Out
+from pipeline.job import Inputs, Metrics, Out
 from pipeline.settings import Settings
 from stages.chat import encode_completion
 from stages.data import is_heldout, read_demonstrations, read_texts
@@ -47,20 +47,24 @@ def heldout_text(settings: Settings, inputs: Inputs, out: Out) -> list[str]:
 
 
 @torch.no_grad()
-def perplexity(
+def heldout_loss(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: list[str],
     accelerator: Accelerator,
     max_length: int = 512,
-) -> float | None:
-    """exp of the mean negative logprob of a token, over the documents (cut at 512 tokens)."""
+) -> Metrics:
+    """perplexity and bits_per_byte over the documents (cut at 512 tokens); None without any.
+
+    perplexity: exp of the mean negative logprob of a token. bits_per_byte: their sum over the UTF-8
+    bytes of what they say, so that models with different tokenizers can be compared.
+    """
     limit = min(max_length, getattr(model.config, "max_position_embeddings", max_length))
     rows = [encode_completion(tokenizer, text, eos=False)[:limit] for text in texts]
     # the first token has nothing before it to be predicted from
     rows = [row for row in rows if len(row) >= 2]
     if not rows:
-        return None
+        return {"perplexity": None, "bits_per_byte": None}
     batch = make_sequences(
         [row[:1] for row in rows],
         [row[1:] for row in rows],
@@ -68,5 +72,17 @@ def perplexity(
         accelerator.device,
     )
     logprobs_BR = all_logprobs(model, batch, 1.0, rows_at_once=16)
-    mean = torch.where(batch.valid_BR, logprobs_BR, 0.0).double().sum() / batch.valid_BR.sum()
-    return math.exp(-float(mean))
+    nats = -float(torch.where(batch.valid_BR, logprobs_BR, 0.0).double().sum())
+    tokens = int(batch.valid_BR.sum())
+    written = sum(_bytes(tokenizer, row) - _bytes(tokenizer, row[:1]) for row in rows)
+    return {
+        "perplexity": math.exp(nats / tokens),
+        "bits_per_byte": nats / math.log(2) / written if written else None,
+    }
+
+
+def _bytes(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:
+    # a token may be a part of a character, which decodes to a sign of three bytes that is cut off
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return len(text.rstrip("\ufffd").encode("utf-8", "surrogatepass"))

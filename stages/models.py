@@ -62,7 +62,7 @@ __all__ = [
 ]
 
 # what transformers raises for a folder or id that it cannot read
-_LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError)
+_LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError)
 
 # ---- load ----------------------------------------------------------------------------------
 
@@ -208,6 +208,7 @@ def _from_pretrained(
     **config_keys: Any,
 ) -> PreTrainedModel:
     try:
+        _refuse_pickles(Path(where))
         config = AutoConfig.from_pretrained(where, trust_remote_code=False, **extra, **config_keys)
         switch_dropout_off(config)
         model, info = auto.from_pretrained(
@@ -226,6 +227,23 @@ def _from_pretrained(
     if missing:
         raise error_type(f"{where}: weights are missing: {', '.join(missing[:3])} ({len(missing)})")
     return model.eval()
+
+
+def _refuse_pickles(folder: Path) -> None:
+    """`use_safetensors` says nothing of an adapter, nor of what an index leads to.
+
+    Raises:
+        ValueError: one of them is no safetensors file.
+    """
+    adapter = folder / "adapter_model.safetensors"
+    if (folder / "adapter_config.json").is_file() and not adapter.is_file():
+        raise ValueError("its adapter is no safetensors file")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        others = sorted(name for name in shards if not str(name).endswith(".safetensors"))
+        if others:
+            raise ValueError(f"{others[0]} is no safetensors file")
 
 
 def _first_line(error: Exception) -> str:

@@ -42,6 +42,7 @@ from stages.models import (
 from stages.prompts import PromptIds, encode_prompts, load_prompts, longest_prompt, of_split
 from stages.rewards import load_learned, load_rewards
 from stages.rollout import all_logprobs, make_sequences, mean_repetition
+from stages.stops import check_policy, distinct_responses
 from stages.trl_checkpoints import LineCallback, Schedule
 from stages.trl_runs import make_config, publish, quiet, train
 
@@ -250,6 +251,7 @@ class OnlineRun:
             ended = [ids[-1] == self.tokenizer.eos_token_id for ids in completion_ids]
             log_metric("eos_rate", sum(ended) / len(ended))
             log_metric("repetition", mean_repetition(completion_ids))
+            log_metric("distinct_responses", distinct_responses(completion_ids))
             scores, parts_B = self._scores(prompts, completion_ids)
             if len(parts_B) > 1:
                 for name, part_B in parts_B.items():
@@ -272,6 +274,7 @@ class OnlineRun:
             "response_tokens": tokens,
             "eos_rate": logs["eos_rate"],
             "repetition": logs["repetition"],
+            "distinct_responses": logs["distinct_responses"],
             "loss": logs["loss"],
             "score_std": logs["rewards/score/std"],
             "equal_groups": logs["frac_reward_zero_std"],
@@ -282,7 +285,9 @@ class OnlineRun:
         update = self.trainer.state.global_step // self.own.epochs
         for alarm in self.alarms.check(update, row):
             self.out.say(f"WARNING at update {update}: {alarm}")
-        return {**row, "alarms": len(self.alarms.holding)}
+        row["alarms"] = len(self.alarms.holding)
+        check_policy(self.out, update, row, self.own, self.alarms)
+        return row
 
     def _validate(self, update: int) -> Metrics:
         """Score the policy on validation prompts, always with the same random numbers; keep the best."""

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline import worker
 from pipeline.errors import Stopped
+from pipeline.files import replace_durably
 from pipeline.job import Input, Out
 from pipeline.records import canonical_json
 from pipeline.settings.pretrain import PretrainSettings
@@ -105,7 +106,7 @@ def pack_documents(
     # written last: its presence means that both parts are whole
     temporary = done.with_suffix(".tmp")
     temporary.write_text(canonical_json(counts), encoding="utf-8")
-    os.replace(temporary, done)
+    replace_durably(temporary, done)
     return counts
 
 

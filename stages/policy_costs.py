@@ -197,10 +197,10 @@ def evaluate(bench: Bench, decode: DecodeCost, roles: int, rankings: int) -> Sta
     held = [bench.frozen(), bench.decoding(rows, probe.longest)]
     if own.best_of:
         parts.append(("answer scored", float(count * own.best_of), probe.scores(own.rows_per_rank)))
-    if own.judge == "rubric":
+    if "rubric" in own.judges:
         # qualities, form, skeleton and two scores of each answer
         parts.append(("answer judged", float(answers) * 3, _RUBRIC))
-    elif own.judge == "reward_model" and rankings:
+    if "reward_model" in own.judges and rankings:
         heldout = rankings * bench.settings.rank.heldout_fraction
         once, checked, _ = reward_probe(bench)
         epochs = bench.settings.reward.epochs

@@ -1,8 +1,8 @@
 """ppo: optimise the policy against the reward model, held near the reference by a KL penalty.
 
 Reads: `model` (what the policy starts from), `reference` (sft), `reward_model`, `prompts`; and, where
-settings name them, `reward_models`, `gold`, `ptx`. Writes a `policy`: a plain HF folder, the best one
-on validation prompts.
+settings name them, `reward_models`, `gold_model` or `rankings` (to train one), `ptx`. Writes a `policy`: a
+plain HF folder, the best one on validation prompts.
 
     prefline ppo RUN ppo.updates=200 ppo.kl_coef=0.05
 
@@ -13,12 +13,15 @@ clipped policy and value losses. `stages.critics` has the three kinds of critic.
 Metrics (healthy range): score (rises), score/NAME of each source where there are several, kl in nats
 a response (rises, then levels off; above ~10 the reward model is being gamed), kl_k3 (the same,
 never negative), reward = score - kl_coef * kl (rises), response_tokens, eos_rate (> 0.9), repetition
-of 4-grams (stays), explained_variance (towards 1), value_error (falls), entropy in nats a token
+of 4-grams (stays), distinct_responses (near 1: no two are the same; 0: all are), explained_variance
+(towards 1), value_error (falls), entropy in nats a token
 (falls slowly; near 0 is collapse), clip_fraction (0.02 to 0.3), dual_clip_fraction (with
 ppo.dual_clip; near 0), ratio_max (< 3), approx_kl old to new (< 0.02 a token), epochs_done,
 policy_loss, value_loss, *_grad_norm, alarms that hold (0);
 engine_kl of a sampling engine that is not the trainer's forward (< 0.01 nats a token);
 validation_score, validation_kl, validation_reward (and validation_gold) decide which policy is kept.
+With ppo.gold: gold_peak_update with _low and _high (where gold was highest: the last one while it still
+rises), gold_drop from there to the end (0) and gold_fell (false; true: optimised too far).
 """
 
 from __future__ import annotations
@@ -45,7 +48,6 @@ from stages.checkpoints import (
 )
 from stages.common import (
     adamw,
-    check_finite,
     clip_gradients,
     epoch_order,
     exact_div,
@@ -68,17 +70,25 @@ from stages.experience import (
     rollout_metrics,
     to_experience,
 )
+from stages.frontier import (
+    baseline_cost,
+    best_of_n_baseline,
+    describe,
+    validation_row,
+)
 from stages.models import (
     contract_of,
     merge_lora,
     positions,
     save_model,
 )
+from stages.over_optimisation import mean, smoothed
 from stages.ppo_models import load_models
 from stages.prompts import PromptIds, encode_prompts, load_prompts, longest_prompt, of_split
 from stages.ptx import PtxRows
 from stages.rollout import Sequences, in_micro_batches
 from stages.sharding import accumulate, like, make_whole, most
+from stages.stops import check_finite, check_policy
 
 
 def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
@@ -114,7 +124,10 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     if out.rank == 0:
         save_model(policy, models.tokenizer, out.artifact)
     out.contract.update(contract_of(models.tokenizer, policy))
-    return {"updates": settings.ppo.updates, **loop.best_metrics}
+    metrics = {"updates": settings.ppo.updates, **loop.best_metrics}
+    if models.gold is not None:
+        metrics |= describe(settings, loop.baseline, metrics, out)
+    return metrics
 
 
 class _Loop:
@@ -158,6 +171,11 @@ class _Loop:
         self.best: Tensors = {}
         self.best_metrics: Metrics = {}
         self.best_value = -math.inf
+        # with keep: best_gold, a validation is compared once the one after it is known
+        self.waiting: Tensors = {}
+        self.waiting_metrics: Metrics = {}
+        self.gold_means: list[float] = []
+        self.baseline: dict[str, Any] | None = None
         self._tell()
 
     def _tell(self) -> None:
@@ -179,7 +197,14 @@ class _Loop:
     def run(self) -> None:
         begun = self._resume()
         self.models.engine.update(self.agent.policy)
+        if self.models.gold is not None and self.ppo.best_of:
+            self.baseline = best_of_n_baseline(
+                self.settings, self.models, self.validation, self.accelerator, self.out
+            )
         if not begun:
+            if self.baseline:
+                for name, value in baseline_cost(self.baseline, self.models).items():
+                    self.out.cost[name] += value
             # the start is a candidate too: a policy that PPO only harms is not published
             self.out.log(0, self._validate(0))
         while self.update < self.ppo.updates:
@@ -189,6 +214,8 @@ class _Loop:
                 [self.train[i] for i in self._picked()], "rollout", self.update
             )
             row = rollout_metrics(rollout, self.kl_coef)
+            # before anything is trained on it
+            check_finite(self.out, self.update + 1, **row)
             # 3 rewards and advantages
             experience = to_experience(rollout, self.kl_coef, self.ppo)
             row["explained_variance"] = ppo_math.explained_variance(
@@ -196,7 +223,7 @@ class _Loop:
             ).item()
             # 4 optimise
             row |= self._optimise(experience)
-            check_finite(self.update + 1, "ppo", **row)
+            check_finite(self.out, self.update + 1, **row)
             self.models.engine.update(self.agent.policy)
             self.update += 1
             if self.ppo.kl_control == "adaptive":
@@ -210,6 +237,7 @@ class _Loop:
             for alarm in self.alarms.check(self.update, row):
                 self.out.say(f"WARNING at update {self.update}: {alarm}")
             row["alarms"] = len(self.alarms.holding)
+            check_policy(self.out, self.update, row, self.ppo, self.alarms)
             last = self.update == self.ppo.updates
             if self.update % self.ppo.eval_every_updates == 0 or last:
                 row |= self._validate(self.update)
@@ -426,17 +454,32 @@ class _Loop:
             "validation_kl": row["kl"],
             "validation_reward": row["score"] - penalty,
         }
-        value = found["validation_reward"]
-        check_finite(update, "ppo", **row)
+        check_finite(self.out, update, **row)
         if self.models.gold is not None:
-            found["validation_gold"] = row["score/gold"]
-            if self.ppo.keep_best_by == "gold":
-                value = row["score/gold"] - penalty
-        if value > self.best_value:
-            self.best = {k: v.detach().clone() for k, v in self.policy_parameters.items()}
-            self.best_metrics, self.best_value = {"best_update": update, **found}, value
+            each = validation_row(rollout)
+            found["validation_gold"] = mean(each["gold"])
+            self.out.validation(update, **each)
+        if self.ppo.keep == "best_gold":
+            self._keep_best_gold({"best_update": update, **found})
+        elif found["validation_reward"] > self.best_value:
+            self.best, self.best_value = self._policy_now(), found["validation_reward"]
+            self.best_metrics = {"best_update": update, **found}
         self._show(update, rollout)
         return found
+
+    def _policy_now(self) -> Tensors:
+        return {name: p.detach().clone() for name, p in self.policy_parameters.items()}
+
+    def _keep_best_gold(self, metrics: Metrics) -> None:
+        """Compare the validation before, whose neighbours are known now; at the end this one, too."""
+        self.gold_means.append(metrics["validation_gold"])
+        values = smoothed(self.gold_means)
+        if self.waiting and values[-2] > self.best_value:
+            self.best, self.best_metrics = self.waiting, self.waiting_metrics
+            self.best_value = values[-2]
+        self.waiting, self.waiting_metrics = self._policy_now(), metrics
+        if metrics["best_update"] == self.ppo.updates and values[-1] > self.best_value:
+            self.best, self.best_metrics, self.best_value = self.waiting, metrics, values[-1]
 
     def _show(self, update: int, rollout: Rollout, count: int = 3) -> None:
         for i in range(min(count, len(self.validation))):
@@ -457,8 +500,11 @@ class _Loop:
                 "policy_optimizer": optimizer_tensors(self.policy_optimizer),
                 "value_optimizer": optimizer_tensors(self.value_optimizer),
                 "best": self.best,
+                **({"waiting": self.waiting} if self.waiting else {}),
             },
             {
+                "waiting_metrics": self.waiting_metrics,
+                "gold_means": self.gold_means,
                 "kl_coef": self.kl_coef,
                 "best_metrics": self.best_metrics,
                 "best_value": self.best_value,
@@ -477,10 +523,16 @@ class _Loop:
         load_trainable(self.value_parameters, found.tensors["value"])
         load_optimizer(self.policy_optimizer, found.tensors.get("policy_optimizer", {}))
         load_optimizer(self.value_optimizer, found.tensors["value_optimizer"])
-        self.best = {
-            name: like(tensor.to(device), self.policy_parameters[name])
-            for name, tensor in found.tensors["best"].items()
-        }
+        self.best, self.waiting = (
+            {
+                name: like(tensor.to(device), self.policy_parameters[name])
+                for name, tensor in found.tensors.get(group, {}).items()
+            }
+            for group in ("best", "waiting")
+        )
+        # a checkpoint of before gold could decide has none of these
+        self.waiting_metrics = found.state.get("waiting_metrics", {})
+        self.gold_means = found.state.get("gold_means", [])
         self.best_metrics = found.state["best_metrics"]
         self.best_value = found.state["best_value"]
         self.alarms.restore(found.state["alarms"])

@@ -26,6 +26,7 @@ from stages.critics import (
 )
 from stages.engines import Sampling, make_engine
 from stages.experience import Models
+from stages.gold import load_gold
 from stages.models import (
     add_adapter,
     add_lora,
@@ -35,7 +36,7 @@ from stages.models import (
     load_reward_model,
     load_tokenizer,
 )
-from stages.rewards import RewardModel, load_given, load_learned, load_rewards
+from stages.rewards import RewardModel, load_learned, load_rewards
 from stages.sharding import exchange, is_sharded, place
 
 
@@ -52,8 +53,8 @@ def load_models(settings: Settings, inputs: Inputs, accelerator: Accelerator, ou
     policy = place(add_lora(load_causal_lm(inputs["model"]), ppo.lora, "policy"), accelerator)
     # none where rules or reward models of the user's alone reward
     learned = inputs.get("reward_model")
-    on_base = kind == "lora" and _put_on_base(policy, inputs["model"], learned)
-    agent = _make_agent(kind, ppo, policy, inputs["model"], learned, on_base, device)
+    on_base = kind == "lora" and put_on_base(policy, inputs["model"], learned)
+    agent = make_agent(kind, ppo, policy, inputs["model"], learned, on_base, device)
     if kind != "lora":
         _place_critic(agent, accelerator)
     own = None
@@ -74,12 +75,9 @@ def load_models(settings: Settings, inputs: Inputs, accelerator: Accelerator, ou
     agent.passes = [exchange(part, accelerator) for part in agent.passes]
     contract = contract_of(tokenizer, policy)
     rewards = load_rewards(ppo, own, inputs, contract, ppo.max_response_tokens, out, device)
-    gold = None
-    if "gold" in inputs:
-        path = inputs["gold"].sources[0]
-        gold = load_given("gold", path, 0.0, contract, ppo.max_response_tokens, out).to(device)
+    gold = load_gold(settings, inputs, contract, accelerator, out)
     if is_sharded(accelerator):
-        for source in [*rewards.models, *([gold] if gold else [])]:
+        for source in [*rewards.models, *([gold] if isinstance(gold, RewardModel) else [])]:
             source.place(accelerator)
     sampling = Sampling.of(ppo, tokenizer)
     folder = out.checkpoints / "weights"
@@ -96,7 +94,7 @@ def _place_critic(agent: Agent, accelerator: Accelerator) -> None:
         place(agent.critic.head, accelerator)
 
 
-def _put_on_base(policy: PeftModel, model: Input, reward_model: Input | None) -> bool:
+def put_on_base(policy: PeftModel, model: Input, reward_model: Input | None) -> bool:
     """Put the reward model's adapter on the policy's base, frozen as `reward` and trained as `value`.
 
     False, and a fresh `value` instead, where there is none, or it was trained without adapters or on
@@ -119,7 +117,7 @@ def _put_on_base(policy: PeftModel, model: Input, reward_model: Input | None) ->
     return True
 
 
-def _make_agent(
+def make_agent(
     kind: str,
     ppo: PpoSettings,
     policy: Any,

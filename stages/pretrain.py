@@ -37,7 +37,6 @@ from stages.checkpoints import (
 )
 from stages.common import (
     adamw,
-    check_finite,
     clip_gradients,
     epoch_order,
     exact_div,
@@ -63,6 +62,7 @@ from stages.models import (
 from stages.objectives import objective
 from stages.packing import PackedRows, pack_sources
 from stages.sharding import accumulate, exchange, make_whole, place, whole
+from stages.stops import check_finite
 
 _SAMPLES = 2
 _SAMPLE_TOKENS = 80
@@ -196,7 +196,7 @@ class Loop:
         lr = own.lr * warmup_cosine(self.step, own.steps, own.warmup_fraction, own.min_lr_ratio)
         set_lr(self.optimizer, lr)
         row = self._step()
-        check_finite(self.step + 1, "pretrain", **row)
+        check_finite(self.out, self.step + 1, **row)
         self.step += 1
         row["lr"] = lr
         now = time.perf_counter()
@@ -208,6 +208,7 @@ class Loop:
                 self.evaluated = self._evaluate()
                 if self.out.rank == 0 and own.objective == "causal":
                     self._show()
+            check_finite(self.out, self.step, **self.evaluated)
             row |= self.evaluated
             self.clock = time.perf_counter()
         self.out.log(self.step, row)

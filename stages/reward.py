@@ -13,7 +13,11 @@ in about 0.73 of pairs; above 0.95 look for a leak), train_accuracy (far above h
 kendall_tau (> 0.1), length_correlation (|r| < 0.5, else it likes length), score_mean, score_std, heldout_pairs. With
 several heads: heldout_disagreement (0 to 0.5: standard deviation over the heads of the probability that the
 better one wins; below 0.01 the heads are one) and disagreement_error_correlation (above 0: where the
-heads are apart they are wrong more often; 0.1 to 0.3 is usual).
+heads are apart they are wrong more often; 0.1 to 0.3 is usual). Of the diagnosis (`diagnosis.json` and
+`worst_mistakes.jsonl` in the step's folder): human_agreement (None where nobody ranked the same), ece (near 0;
+above 0.1 scores are no log odds), position_correlation (0), eos_effect (> 0.01: it sees the end token),
+eos_gain and eos_preferred (> 0 and > 0.5: finished beats unfinished; else ppo.missing_eos_penalty has
+to outweigh it).
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline import worker
 from pipeline.errors import StageError
 from pipeline.job import Inputs, Metrics, Out
-from pipeline.records import Message, Ranking, SampleGroup, Tally, read_jsonl
+from pipeline.records import Message, Ranking, SampleGroup, Tally, read_jsonl, write_jsonl
 from pipeline.settings import Settings
 from pipeline.settings.reward import RewardSettings
 from stages.adapters import save_reward_adapter
@@ -51,9 +55,11 @@ from stages.ranked_data import (
     encode_to_train_on,
     longest_row,
 )
+from stages.reward_diagnosis import diagnose, judge, metrics_of
 from stages.reward_heads import Heads, add_heads, mean_head, save_heads
 from stages.reward_measures import measure
 from stages.reward_training import train_reward_model
+from stages.reward_votes import worst_mistakes
 from stages.sharding import make_whole, place, whole
 from stages.shared_prefix import GroupScorer, PromptGroup, decide_sharing, score_groups
 
@@ -121,6 +127,7 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
             "Look at reward.lr and the data.",
         )
     found = quality(model, heldout)
+    diagnosis = _diagnose(scorer, rankings, tokenizer, max_length, (mean, std), seed, out)
     train_accuracy = quality(model, train)["accuracy"]
     weight_HD, bias_H = mean_head(model)
     if out.rank == 0:
@@ -150,6 +157,7 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
         "rankings_trained": sum(len(ranking.votes) for ranking in train),
         "score_mean": mean,
         "score_std": std,
+        **diagnosis,
     }
     if settings.reward.heads > 1:
         metrics["heldout_disagreement"] = found["disagreement"]
@@ -183,6 +191,32 @@ def _split(
     train = encode_to_train_on(of("train"), tokenizer, max_length, settings, weights)
     heldout = encode_rankings(of("heldout"), tokenizer, max_length)
     return checked("train", *train), checked("heldout", *heldout)
+
+
+def _diagnose(
+    scorer: GroupScorer,
+    rankings: list[Ranking],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    normalisation: tuple[float, float],
+    seed: int,
+    out: Out,
+) -> Metrics:
+    """Look closer at the held-out rankings. The files stay beside the artifact: they are about it."""
+    mean, std = normalisation
+
+    def score(groups: list[PromptGroup]) -> list[list[float]]:
+        scores_N = score_groups(scorer, groups).mean(1).cpu()
+        return [x_K.tolist() for x_K in scores_N.split([len(g.responses) for g in groups])]
+
+    heldout = [ranking for ranking in rankings if ranking.split == "heldout"]
+    judged = judge(heldout, score, tokenizer, max_length)
+    found = diagnose(judged, std, seed)
+    if out.rank == 0:
+        text = json.dumps(found, indent=1, sort_keys=True)
+        (out.work / "diagnosis.json").write_text(text + "\n", encoding="utf-8")
+        write_jsonl(out.work / "worst_mistakes.jsonl", worst_mistakes(judged, std, mean))
+    return metrics_of(found)
 
 
 def _groups_to_normalise_on(

@@ -23,7 +23,6 @@ from stages.checkpoints import (
 )
 from stages.common import (
     adamw,
-    check_finite,
     clip_gradients,
     epoch_order,
     generator,
@@ -45,6 +44,7 @@ from stages.reward_losses import (
 from stages.rollout import in_micro_batches
 from stages.sharding import accumulate, exchange, most
 from stages.shared_prefix import GroupScorer, PromptGroup
+from stages.stops import check_finite, check_weights
 
 # prompts that another one is chosen from (of 2 and of 32 a small model learnt the same, of 2 a little more)
 _CANDIDATES = 2
@@ -110,7 +110,7 @@ def train_reward_model(
         row["grad_norm"] = clip_gradients(model, settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        check_finite(step + 1, "reward", **row)
+        check_finite(out, step + 1, **row)
         row["lr"] = lr
         if (step + 1) % settings.eval_every_steps == 0 or step + 1 == steps:
             row |= evaluate(model)
@@ -118,6 +118,7 @@ def train_reward_model(
         out.progress(step + 1, steps)
         if (step + 1) % settings.checkpoint_every_steps == 0:
             save(step + 1)
+    check_weights(out, steps, trainable_tensors(model))
     if settings.off_prompt:
         out.derived["off_prompt_skipped"] = skipped
         if skipped:

@@ -19,7 +19,6 @@ mean_priority_selected (above it).
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline import worker
 from pipeline.errors import StageError
+from pipeline.files import replace_durably
 from pipeline.job import Inputs, Metrics, Out
 from pipeline.records import Response, SampleGroup, is_heldout, read_jsonl, write_jsonl
 from pipeline.settings import Settings
@@ -112,7 +112,7 @@ def _sample_parts(
             rows = _sample(settings, prompts[at : at + _PROMPTS_PER_PART], model, tokenizer, out)
             temporary = parts[number].with_suffix(".tmp")
             write_jsonl(temporary, rows)
-            os.replace(temporary, parts[number])
+            replace_durably(temporary, parts[number])
         out.progress(min(at + _PROMPTS_PER_PART, len(prompts)), len(prompts), "prompt")
     accelerator.wait_for_everyone()
     return parts

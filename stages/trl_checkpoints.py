@@ -19,12 +19,13 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import PartialState
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline import worker
 from pipeline.job import Metrics, Out
-from stages.checkpoints import damage, fsync, sha256
-from stages.common import check_finite
+from stages.checkpoints import damage, fsync, sha256, trainable_tensors
+from stages.stops import check_finite, check_weights
 
 COMMITTED = "COMMITTED.json"
 
@@ -127,6 +128,7 @@ class LineCallback(TrainerCallback):  # type: ignore[misc]  # transformers does 
     ) -> None:
         self._out = out
         self._schedule = schedule
+        out.steps_per_row = schedule.steps_per_row
         self._row_of = row_of
         self._evaluate = evaluate
         self._extra = extra
@@ -171,10 +173,11 @@ class LineCallback(TrainerCallback):  # type: ignore[misc]  # transformers does 
             return
         number = state.global_step // self._schedule.steps_per_row
         # before a checkpoint of this step is written
-        check_finite(number, self._out.stage, loss=logs["loss"], grad_norm=logs["grad_norm"])
+        check_finite(self._out, number, loss=logs["loss"], grad_norm=logs["grad_norm"])
         row = self._row_of(logs)
         if number % self._schedule.evaluate_every == 0 or number >= self._schedule.rows:
             self.evaluated = self._evaluate(number)
+            check_finite(self._out, number, **self.evaluated)
             row |= self.evaluated
         self.last = row
         self._out.log(number, row)
@@ -182,14 +185,22 @@ class LineCallback(TrainerCallback):  # type: ignore[misc]  # transformers does 
         self._worked_until = time.perf_counter()
 
     def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        **_: Any,
     ) -> None:
+        number = state.global_step // self._schedule.steps_per_row
+        check_weights(self._out, number, trainable_tensors(model))
         # rank 0 is done before the others have written their generators
         PartialState().wait_for_everyone()
         if self._out.rank == 0:
             folder = self._out.checkpoints / f"checkpoint-{state.global_step}"
             if self._extra:
                 self._extra.write(folder)
+            self._out.keep_rows()
             commit(folder, self._schedule.keep)
         PartialState().wait_for_everyone()
         # the Trainer logs, saves its own files and then calls this

@@ -76,7 +76,9 @@ def run(settings, inputs, out):
             row = {"id": "abcdef0123456789", "annotator": "bot-1", "source": "simulated"}
             (out.artifact / "rankings.jsonl").write_text(json.dumps(row) + "\n")
         (out.artifact / "result.json").write_text(json.dumps(made, sort_keys=True))
-    return {"loss": float("nan") if how == "nan" else 0.5, "world_size": out.world_size}
+    quality = json.loads(os.environ.get("FAKE_QUALITY", "{}")) if out.stage == "reward" else {}
+    loss = float("nan") if how == "nan" else 0.5
+    return {"loss": loss, "world_size": out.world_size, **quality}
 
 
 def _misbehave(how, out, mark):

@@ -88,19 +88,21 @@ class Settings(Strict):
                 " sample.prompts: demo:prompts; use rank.by: people, or import rankings (rank.data)"
             )
         judged = self.evaluate.prompts or self.sample.prompts or ("",)
-        if self.evaluate.judge == "rubric" and not all(s.startswith("demo:") for s in judged):
+        if "rubric" in self.evaluate.judges and not all(s.startswith("demo:") for s in judged):
             raise ValueError(
-                "evaluate.judge: rubric knows the demo world's prompts only; use"
-                " evaluate.judge: reward_model"
+                "evaluate.judges: rubric knows the demo world's prompts only; use"
+                " evaluate.judges: reward_model"
             )
         if self.is_rewarded_otherwise:
-            if self.evaluate.judge != "rule":
+            if "reward_model" in self.evaluate.judges:
                 raise ValueError(
-                    "without rankings (sample.prompts or rank.data) nobody has told a judge what is good:"
-                    " set evaluate.judge: rule and evaluate.rule"
+                    "without rankings (sample.prompts or rank.data) no reward model can be trained to"
+                    " judge: set evaluate.judges: rule and evaluate.rule, or endpoint, or people"
                 )
             if self.evaluate.best_of:
                 raise ValueError("evaluate.best_of needs the reward step, and so rankings")
+        if self.run.policy == "ppo":
+            self._check_gold()
         if self.run.rounds > 1 and self.sample.prompts is None:
             raise ValueError("run.rounds above 1 needs sample.prompts to sample from")
         if self.select.by != "random":
@@ -122,6 +124,16 @@ class Settings(Strict):
                 f" micro-batch, and has one ({key})"
             )
         return self
+
+    def _check_gold(self) -> None:
+        asked = self.ppo.prompts or self.sample.prompts or ("",)
+        if self.ppo.gold == "rubric" and not all(source.startswith("demo:") for source in asked):
+            raise ValueError("ppo.gold: rubric knows the demo world's prompts only")
+        if self.ppo.gold == "reward_model" and not (self.ppo.gold_model or self.has_rankings):
+            raise ValueError(
+                "ppo.gold: reward_model needs rankings to hold out (sample.prompts or rank.data), or"
+                " ppo.gold_model: the folder of a reward model"
+            )
 
     def _check_selection(self) -> None:
         by = self.select.by

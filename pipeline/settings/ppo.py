@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -75,11 +75,20 @@ class PpoSettings(RewardedSettings):
     """Weight of the mean entropy of a token as a bonus in the loss."""
     whiten_advantages: bool = True
     """Advantages to mean 0 and standard deviation 1 over all tokens of all ranks (arXiv 2404.10719)."""
-    gold: DataSources | None = unhashed(None)
-    """A reward model that is watched on validation prompts and never optimised."""
-    keep_best_by: Literal["reward", "gold"] = "reward"
-    """The published policy: best by validation score minus KL penalty, of the reward with all its penalties,
-    or of ppo.gold alone."""
+    gold: Literal["reward_model", "rule", "rubric"] | None = None
+    """What is watched on validation prompts and never optimised, to see where optimising stops to help (arXiv
+    2210.10760). reward_model: ppo.gold_model, or else a second one, trained on the held-out rankings; rule:
+    ppo.gold_rule; rubric: the demo's."""
+    gold_model: DataSources | None = unhashed(None)
+    """With gold: reward_model: the folder of one, as the reward step publishes it."""
+    gold_rule: str | None = None
+    """With gold: rule: its entry-point name (group prefline.rewards)."""
+    keep: Literal["best_reward", "best_gold"] = "best_reward"
+    """The published policy. best_reward: of the highest validation score, penalties included, minus the KL
+    penalty; best_gold: of the highest gold (smoothed over neighbouring validations), where it stops rising."""
+    best_of: int = unhashed(16, ge=0)
+    """With gold: responses of the reference to each validation prompt, of which the best of 1, 2, 4, ... by
+    the score is the baseline that PPO must beat; 0 is off."""
     ptx_coef: float = Field(0.0, ge=0)
     """Weight of the pretraining loss mixed into each step (InstructGPT, arXiv 2203.02155, eq. 2: 27.8)."""
     ptx_data: DataSources | None = unhashed(None)
@@ -99,6 +108,16 @@ class PpoSettings(RewardedSettings):
     """Validation prompts used for it."""
     checkpoint_every_updates: int = unhashed(10, ge=1)
     """Save a checkpoint every so many updates."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_it_was_called(cls, values: Any) -> Any:
+        """Run directories of before `keep` say keep_best_by."""
+        if isinstance(values, dict) and "keep_best_by" in values:
+            values = dict(values)
+            before = f"best_{values.pop('keep_best_by')}"
+            values.setdefault("keep", before)
+        return values
 
     @model_validator(mode="after")
     def _fits_together(self) -> PpoSettings:
@@ -120,10 +139,19 @@ class PpoSettings(RewardedSettings):
             raise ValueError("critic: lora needs adapters: set lora.rank, for instance to 8")
         if self.rollout.engine == "vllm" and self.temperature > 2:
             raise ValueError("rollout.engine: vllm serves temperatures up to 2 only")
-        if len(self.gold or ()) > 1:
-            raise ValueError("gold: one reward model, not several")
-        if self.keep_best_by == "gold" and not self.gold:
-            raise ValueError("keep_best_by: gold needs ppo.gold, a reward model of its own")
+        if len(self.gold_model or ()) > 1:
+            raise ValueError("gold_model: one reward model, not several")
+        if self.gold_model and self.gold != "reward_model":
+            raise ValueError("gold_model belongs to gold: reward_model; give both or neither")
+        if (self.gold == "rule") != (self.gold_rule is not None):
+            raise ValueError("gold: rule and gold_rule belong together; give both or neither")
+        if self.keep == "best_gold" and self.gold is None:
+            raise ValueError("keep: best_gold needs gold: reward_model or rule, to be best by")
+        if self.keep == "best_gold" and self.gold == "rubric":
+            raise ValueError(
+                "keep: best_gold: the rubric is what the demo's policy is judged by, so it must not choose"
+                " it; use gold: reward_model"
+            )
         if self.minibatch_rows and self.prompts_per_step % self.minibatch_rows:
             raise ValueError(
                 f"minibatch_rows {self.minibatch_rows} does not divide"

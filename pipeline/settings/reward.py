@@ -8,6 +8,19 @@ from pipeline.config import Strict, unhashed
 from pipeline.settings.model import LoraSettings
 
 
+class RewardGate(Strict):
+    """What a reward model must be before a policy is optimised against it; see docs/evaluation.md."""
+
+    min_accuracy: float | None = unhashed(None, ge=0, le=1)
+    """Least held-out accuracy; null stops only what is surely worse than a coin (its interval ends below 0.5)."""
+    max_length_correlation: float | None = unhashed(None, ge=0, le=1)
+    """Largest correlation of score and length, without its sign; null is any."""
+    require_eos: bool = unhashed(True)
+    """Whether the score must change when the end token is cut off."""
+    force: bool = unhashed(False)
+    """Go on through a closed gate; manifest and report say so."""
+
+
 class RewardSettings(Strict):
     """The reward model: a scalar head on the sft model, trained on whole rankings."""
 
@@ -58,6 +71,8 @@ class RewardSettings(Strict):
     """Dropout on the hidden state below the scalar head, in training only."""
     lora: LoraSettings = LoraSettings()
     """Low-rank adapters instead of full fine-tuning."""
+    gate: RewardGate = RewardGate()
+    """What stops the line before the policy."""
     normalise_on: int = Field(1024, ge=2)
     """Scores are normalised to mean 0 and standard deviation 1 on at least so many sft samples (where there
     are so many), evenly over the whole set and fewer than twice as many."""

@@ -29,6 +29,12 @@ class RewardedSettings(Strict):
     """Their weights in the score, in the same order."""
     rules: dict[str, float] = Field(default_factory=dict)
     """Weights of Python rules, by their entry-point name (group prefline.rewards)."""
+    max_kl: float | None = unhashed(100.0, gt=0)
+    """Training stops when the policy is further than this from the reference, in nats a response, averaged
+    over an update; null never."""
+    min_distinct: float | None = unhashed(0.1, ge=0, le=1)
+    """Training stops when distinct_responses is below this in three updates in a row, where responses had
+    eight tokens or more at first; null never."""
 
     @model_validator(mode="after")
     def _something_rewards(self) -> RewardedSettings:

@@ -21,6 +21,8 @@ class RunSettings(Strict):
     policy: Literal["ppo", "dpo", "kto", "grpo", "rloo"] = unhashed("ppo")
     """How the policy is optimised: ppo, grpo and rloo against the reward model, dpo and kto on the
     rankings."""
+    tracker: Literal["none", "trackio", "tensorboard", "wandb", "mlflow"] = unhashed("none")
+    """Where the rows of metrics.jsonl go as well, by Accelerate's tracker of that name."""
 
     @property
     def learns_from_rankings(self) -> bool:

@@ -89,7 +89,7 @@ def prescribed(lengths: dict[int, int]) -> Iterator[None]:
     uniform number just below 1 takes it, and one below 0.99 never does while its probability is
     below 0.01. Nothing is added to what is timed.
     """
-    draw = generation._uniforms
+    draw = generation.uniforms
 
     def forced(seeds: list[int], count: int) -> Tensor:
         uniforms_BN = draw(seeds, count) * 0.99
@@ -98,7 +98,7 @@ def prescribed(lengths: dict[int, int]) -> Iterator[None]:
                 uniforms_BN[row, lengths[seed] - 1] = 1 - 2**-40
         return uniforms_BN
 
-    with mock.patch.object(generation, "_uniforms", forced):
+    with mock.patch.object(generation, "uniforms", forced):
         yield
 
 

@@ -25,7 +25,13 @@ HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "grad
 # only inside the modules that read data, plan or report
 NUMERIC = {"pyarrow", "numpy", "scipy", "matplotlib", "jinja2", "markupsafe"}
 CORE = {"pydantic", "pydantic_core", "yaml", "typer", "filelock", "pipeline"}
-SHARED = ("pipeline/records", "pipeline/scaling", "pipeline/report", "pipeline/statistics")
+SHARED = (
+    "pipeline/records",
+    "pipeline/scaling",
+    "pipeline/report",
+    "pipeline/statistics",
+    "pipeline/cards",
+)
 
 
 def imports(tree):
@@ -65,6 +71,7 @@ def test_the_humans_do_not_know_the_work(name):
 
 
 DRAWING = {"app", "board", "server", "lead_page", "lead_parts", "lead_prompts", "lead_tabs"}
+DRAWING |= {"playground", "playground_chat", "playground_inspect", "playground_tabs"}
 
 
 @pytest.mark.parametrize("name", of("labeling_ui"))
@@ -84,11 +91,12 @@ def test_the_arithmetic_of_ppo_imports_torch_only():
     assert tops("stages/ppo_math.py") <= {"torch", "__future__", *sys.stdlib_module_names}
 
 
-def test_only_the_annotators_and_the_judge_know_the_rubric():
+def test_only_the_annotators_the_judge_and_the_watched_gold_know_the_rubric():
     knowing = {
         name for name in TREES if any("demo_rubric" in module for module in imports(TREES[name]))
     }
-    assert knowing <= {"labeling_ui/simulate.py", "stages/judges.py"}
+    # gold is watched; that the rubric may not choose a policy, the settings see to
+    assert knowing <= {"labeling_ui/simulate.py", "stages/judges.py", "stages/gold.py"}
 
 
 @pytest.mark.parametrize("name", sorted(TREES))

@@ -199,7 +199,8 @@ def make_run(
                 "kind": step.stage.kind, "step": step.name, "round": step.round,
                 "fingerprint": state.fingerprint, "digest": "",
                 "inputs": {
-                    role: {"digest": i.digest, "step": i.step, "sources": i.sources} for role, i in state.inputs.items()
+                    role: {"digest": i.digest, "step": i.step, "fingerprint": i.fingerprint, "sources": i.sources}
+                    for role, i in state.inputs.items()
                 },
                 "settings": hashed_settings(settings, step.stage), "seed": settings.run.seed,
                 "metrics": metrics_of(stage) | (evaluate if stage == "evaluate" else {}),

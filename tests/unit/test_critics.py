@@ -17,7 +17,7 @@ from pipeline.settings.ppo import PpoSettings
 from stages.adapters import save_reward_adapter
 from stages.critics import Agent, ValuePass, active, lora, separate, shared, zero_head
 from stages.models import add_adapter, add_lora, backbone_and_head
-from stages.ppo_models import _make_agent, _put_on_base, _reward_on_base
+from stages.ppo_models import _reward_on_base, make_agent, put_on_base
 from stages.rollout import Sequences, make_sequences, response_logprobs, score_rows
 from tests.tiny_models import KINDS, tiny_config
 
@@ -194,9 +194,9 @@ def test_one_base_carries_policy_critic_and_reward_model(
     contract = {"score_mean": 0.5, "score_std": 2.0}
     item = Input("reward_model", "", path=tmp_path, contract=contract)
     model = Input("model", "sha256:1")
-    assert _put_on_base(policy, model, item)
+    assert put_on_base(policy, model, item)
     source = _reward_on_base(item, 1.0, policy, CPU)
-    agent = _make_agent("lora", PpoSettings(), policy, model, item, True, CPU)
+    agent = make_agent("lora", PpoSettings(), policy, model, item, True, CPU)
     found = score_rows(source.backbone, source.head, rows, 0, torch.device("cpu"))
     assert found.tolist() == pytest.approx(expected, abs=1e-5)
     # the critic begins as the reward model, on the scale of the scores
@@ -220,5 +220,5 @@ def test_an_adapter_of_another_model_is_not_used(config: Any, tmp_path: Path) ->
     save_reward_adapter(reward, tmp_path, "sha256:other")  # type: ignore[arg-type]
     policy = add_lora(policy_of(config), LoraSettings(rank=2), "policy")
     item = Input("reward_model", "", path=tmp_path)
-    assert not _put_on_base(policy, Input("model", "sha256:1"), item)  # type: ignore[arg-type]
+    assert not put_on_base(policy, Input("model", "sha256:1"), item)  # type: ignore[arg-type]
     assert sorted(policy.peft_config) == ["default", "value"]  # type: ignore[union-attr]

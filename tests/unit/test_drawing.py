@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stages.generation import _choose, _inverted
+from stages.generation import _inverted, choose
 
 
 @pytest.mark.parametrize("V", [1, 7, 256, 257, 1000])
@@ -41,7 +41,7 @@ def test_rare_tokens_of_a_large_vocabulary_are_as_frequent_as_they_should_be() -
     logits_V = torch.linspace(0, 3, V)
     uniform_B = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
     taken = torch.cat(
-        [_choose(logits_V.expand(len(u), V), u, 1.0, 1.0)[0] for u in uniform_B.split(250)]
+        [choose(logits_V.expand(len(u), V), u, 1.0, 1.0)[0] for u in uniform_B.split(250)]
     )
     probs_V = logits_V.double().softmax(-1)
     # in ranges of 1000 tokens: the expected count is right to the draws at both ends

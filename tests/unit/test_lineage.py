@@ -35,6 +35,16 @@ def test_the_tree_goes_from_the_policy_back_to_people_and_data(run):
     }
 
 
+def test_the_tree_as_rows_holds_every_setting_and_label(run):
+    rows = lineage.backward(run).to_row()
+    reward = next(node for node in rows["inputs"] if node["role"] == "reward_model")
+    assert rows["settings"]["ppo.kl_coef"] == 0.05
+    assert reward["settings"]["reward.lr"] == run.settings.reward.lr
+    rank = next(node for node in reward["inputs"] if node["role"] == "rankings")
+    assert rank["rankings"]["annotators"] == {"bot-1": 1}
+    assert [len(name) for name in rank["rankings"]["ids"]] == [16]
+
+
 def test_a_label_is_followed_to_everything_it_touched(run):
     reached = lineage.forward(run, "abcdef")
     assert reached["label"]["annotator"] == "bot-1"

@@ -114,3 +114,26 @@ def test_a_torn_manifest_is_damaged_not_a_crash(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(ArtifactError, match="damaged: not a readable manifest"):
         manifest.read(tmp_path)
+
+
+def test_a_section_that_is_read_for_the_first_time_is_no_change_of_its_settings():
+    tree = {
+        "pretrain": {"data": "demo:stories"},
+        "sample": {"prompts": "demo:prompts"},
+        "reward": {"lr": 0.5},
+    }
+    before, now = (
+        Settings.model_validate({**tree, "ppo": {"gold": gold}}) for gold in (None, "reward_model")
+    )
+    old, step = (next(s for s in plan.plan(t) if s.name == "ppo") for t in (before, now))
+    manifest_of_old = Manifest(
+        stage="ppo",
+        stage_version=step.stage.version,
+        kind="policy",
+        step="ppo",
+        round=1,
+        fingerprint="0",
+        digest="sha256:0",
+        settings=manifest.hashed_settings(before, old.stage),
+    )
+    assert manifest.why_stale(manifest_of_old, step, now, {}) == "ppo.gold null -> reward_model"

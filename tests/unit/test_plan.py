@@ -124,7 +124,21 @@ def test_with_rules_for_a_reward_nothing_is_ranked():
     # rankings make a reward model, whatever its weight
     ranked = steps(**tree, rank={"data": "rankings.jsonl"}, evaluate=judge)
     assert list(ranked) == ["sft", "rank", "reward", "ppo", "evaluate"]
-    with pytest.raises(ValueError, match=r"set evaluate\.judge: rule"):
+    with pytest.raises(ValueError, match=r"set evaluate\.judges: rule"):
         steps(**tree)
     with pytest.raises(ValueError, match="give both or neither"):
         steps(**tree, evaluate={"judge": "rule"})
+
+
+def test_ppo_reads_rankings_and_the_reward_settings_only_to_learn_a_gold_from_them():
+    tree = {"pretrain": PRETRAIN, "sft": SFT, "sample": SAMPLE}
+    plain = steps(**tree)["ppo"]
+    assert "rankings" not in plain.inputs
+    assert "reward" not in plain.stage.sections
+    own = steps(**tree, ppo={"gold": "reward_model"})["ppo"]
+    assert own.inputs["rankings"] == "rank"
+    assert "reward" in own.stage.sections
+    given = steps(**tree, ppo={"gold": "reward_model", "gold_model": "folder"})["ppo"]
+    assert given.sources["gold_model"] == ("folder",)
+    assert "rankings" not in given.inputs
+    assert "reward" not in given.stage.sections

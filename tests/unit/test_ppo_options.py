@@ -19,6 +19,7 @@ from stages.rules import Rule
 from tests.tiny_ppo import make_inputs, make_job, rows_of, run_ppo
 
 LORA = {"rank": 2, "alpha": 4}
+GOLD = {"gold": "reward_model"}
 TEXT = "one two three one two one three\n\n" * 40
 
 
@@ -182,18 +183,22 @@ def test_gold_decides_what_is_kept_where_it_is_asked_to(inputs: Inputs, tmp_path
     with torch.no_grad():
         model.score.weight.neg_()
     save_model(model, load_tokenizer(source), tmp_path / "gold")
-    given = {**inputs, "gold": Input("gold", "", sources=(str(tmp_path / "gold"),))}
-    changes = {"gold": str(tmp_path / "gold"), "eval_every_updates": 1, "lr": 3e-3, "updates": 6}
+    given = {**inputs, "gold_model": Input("gold_model", "", sources=(str(tmp_path / "gold"),))}
+    changes = {**GOLD, "gold_model": str(tmp_path / "gold"), "eval_every_updates": 1, "best_of": 0}
+    changes |= {"lr": 3e-3, "updates": 6}
     kept = {}
-    for by in ("reward", "gold"):
-        kept[by], _ = run_ppo(make_job(tmp_path / by, given, keep_best_by=by, **changes))
-    rows = rows_of(tmp_path / "gold")
-    assert rows == rows_of(tmp_path / "reward")
-    values = [row["validation_gold"] - 0.05 * max(row["validation_kl"], 0) for row in rows]
-    assert kept["gold"]["best_update"] == values.index(max(values))
+    for by in ("best_reward", "best_gold"):
+        kept[by], _ = run_ppo(make_job(tmp_path / by, given, keep=by, **changes))
+    rows = rows_of(tmp_path / "best_gold")
+    assert rows == rows_of(tmp_path / "best_reward")
+    gold = [row["validation_gold"] for row in rows]
+    windows = [[*gold[max(0, i - 1) : i + 2], gold[i]] for i in range(len(gold))]
+    values = [sum(window) / len(window) for window in windows]
+    assert kept["best_gold"]["best_update"] == values.index(max(values))
+    assert kept["best_gold"]["gold_peak_update"] == kept["best_gold"]["best_update"]
     rewards = [row["validation_reward"] for row in rows]
-    assert kept["reward"]["best_update"] == rewards.index(max(rewards))
-    assert kept["gold"]["best_update"] != kept["reward"]["best_update"]
+    assert kept["best_reward"]["best_update"] == rewards.index(max(rewards))
+    assert kept["best_gold"]["best_update"] != kept["best_reward"]["best_update"]
 
 
 def test_a_reward_model_with_another_tokenizer_is_refused(inputs: Inputs, tmp_path: Path) -> None:
@@ -203,9 +208,9 @@ def test_a_reward_model_with_another_tokenizer_is_refused(inputs: Inputs, tmp_pa
     other = tokenizer_stage.train(iter(["four five six seven"] * 9), 300, 2)
     assert other.pad_token_id == own.pad_token_id
     save_model(load_reward_model(source), other, tmp_path / "other")
-    given = {**inputs, "gold": Input("gold", "", sources=(str(tmp_path / "other"),))}
+    given = {**inputs, "gold_model": Input("gold_model", "", sources=(str(tmp_path / "other"),))}
     with pytest.raises(ArtifactError, match="another tokenizer than the policy"):
-        run_ppo(make_job(tmp_path / "run", given, gold=str(tmp_path / "other")))
+        run_ppo(make_job(tmp_path / "run", given, gold_model=str(tmp_path / "other"), **GOLD))
 
 
 @pytest.mark.parametrize(
@@ -216,9 +221,9 @@ def test_a_broken_normalisation_is_named(inputs: Inputs, tmp_path: Path, stated:
     source = inputs["reward_model"]
     save_model(load_reward_model(source), load_tokenizer(source), tmp_path / "gold")
     (tmp_path / "gold" / "reward.json").write_text(stated)
-    given = {**inputs, "gold": Input("gold", "", sources=(str(tmp_path / "gold"),))}
+    given = {**inputs, "gold_model": Input("gold_model", "", sources=(str(tmp_path / "gold"),))}
     with pytest.raises(ArtifactError, match=r"reward\.json"):
-        run_ppo(make_job(tmp_path / "run", given, gold=str(tmp_path / "gold")))
+        run_ppo(make_job(tmp_path / "run", given, gold_model=str(tmp_path / "gold"), **GOLD))
 
 
 def test_two_reward_models_of_the_same_name_both_count(inputs: Inputs, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from pipeline import launch, runner, workspace
+from pipeline import cli, launch, runner, workspace
 from pipeline.errors import ConfigError
 from pipeline.settings.launch import LaunchSettings
 from stages import sharding
@@ -142,6 +142,23 @@ def test_deepspeed_is_refused_before_it_is_looked_for(name, tmp_path, monkeypatc
         pytest.raises(ConfigError, match=r"DeepSpeed would take over[\s\S]*fsdp2"),
     ):
         runner.execute(run)
+
+
+@pytest.mark.skipif(bool(launch.gpus()), reason="this machine has a GPU")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_shards_without_a_gpu_are_refused_before_anything_is_made(
+    processes, tmp_path, capsys, monkeypatch
+):
+    fake_line.install(monkeypatch)
+    config = fake_line.write_config(tmp_path)
+    options = ["launch.profile=fsdp2", f"launch.processes={processes}"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["run", str(config), *options])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "launch.profile fsdp2: accelerate shards models on GPUs only" in said
+    assert "Set launch.profile to auto." in said
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

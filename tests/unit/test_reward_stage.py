@@ -132,7 +132,22 @@ def test_it_learns_the_order_and_publishes_a_plain_classifier(tmp_path: Path, ba
         "rankings_trained",
         "score_mean",
         "score_std",
+        "human_agreement",
+        "ece",
+        "position_correlation",
+        "eos_effect",
+        "eos_gain",
+        "eos_preferred",
     }
+    # nobody ranked what another one did
+    assert metrics["human_agreement"] is None
+    # the score is read at the last token, which is another one without the end token
+    assert metrics["eos_effect"] > 0.01
+    diagnosis = json.loads((out.work / "diagnosis.json").read_text())
+    assert diagnosis["length"]["score"] == pytest.approx(metrics["length_correlation"], abs=1e-4)
+    # votes that no majority decides are no mistakes, and a model that is mostly right makes few
+    mistakes = (out.work / "worst_mistakes.jsonl").read_text().splitlines()
+    assert len(mistakes) < 8
     names = set(bytes_of(out))
     assert {"model.safetensors", "config.json", "reward.json"} <= names
     assert not any("head" in name or "adapter" in name for name in names)

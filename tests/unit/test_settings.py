@@ -69,3 +69,33 @@ def test_settings_that_cannot_work_together_are_refused_before_anything_starts(g
     given["pretrain"] = {"data": "a.txt", **given.get("pretrain", {})}
     with pytest.raises(ValidationError, match=message):
         Settings.model_validate(given)
+
+
+def test_the_older_spelling_of_judges_still_works_and_the_last_one_counts() -> None:
+    def judges(**evaluate: object) -> tuple[str, ...]:
+        return Settings.model_validate(
+            {"model": {"base": "b"}, "evaluate": evaluate}
+        ).evaluate.judges
+
+    assert judges() == ("reward_model",)
+    assert judges(judge="rule", rule="polite") == ("rule",)
+    assert judges(judges="rule", rule="polite") == ("rule",)
+    # a run of then, and an override of now; and the other way round
+    assert judges(judge="rule", judges=["people", "rule"], rule="x") == ("people", "rule")
+    assert judges(judges=["people"], judge="rule", rule="x") == ("rule",)
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "message"),
+    [
+        ({"judges": []}, "name one at least"),
+        ({"judges": ["people", "people"]}, "each once"),
+        ({"judges": ["rule"]}, "give both or neither"),
+        ({"judges": ["endpoint"], "endpoint": {"url": "http://h/v1"}}, "endpoint.model"),
+        ({"endpoint": {"template": "{prompt} {first}"}}, "the template lacks {second}"),
+        ({"endpoint": {"url": "host/v1"}}, "give an address such as"),
+    ],
+)
+def test_a_judge_needs_what_it_judges_with(evaluate: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings.model_validate({"model": {"base": "b"}, "evaluate": evaluate})

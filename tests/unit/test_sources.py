@@ -113,3 +113,14 @@ def test_an_unchanged_file_is_hashed_once(tmp_path, monkeypatch):
 def test_every_setting_that_holds_sources_is_known():
     found = {k for k, f in field_paths(Settings).items() if "tuple[str" in str(f.annotation)}
     assert found | {"model.base"} == set(sources.KEYS)
+
+
+def test_a_task_file_stands_for_its_data_too(tmp_path):
+    data, task = tmp_path / "rows.csv", tmp_path / "task.yaml"
+    data.write_text("a,b\n1,2\n")
+    task.write_text('name: t\nscorer: pair\ndata: ./rows.csv\nmore: "{a}"\nless: "{b}"\n')
+    before = sources.digest(str(task), HashCache())
+    assert sources.digest(str(task), HashCache()) == before
+    data.write_text("a,b\n1,3\n")
+    assert sources.digest(str(task), HashCache()) != before
+    assert sources.kind("task.yaml") == "path"

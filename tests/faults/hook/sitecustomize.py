@@ -52,3 +52,7 @@ if _text := os.environ.get("PREFLINE_FAULT"):
     _plan = json.loads(_text)
     if _plan["kind"] == _kind():
         _install(_plan)
+if _text := os.environ.get("PREFLINE_AT_CALL"):
+    import at_call
+
+    at_call.install(json.loads(_text))
