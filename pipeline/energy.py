@@ -37,7 +37,12 @@ class EnergyMeter:
         """
         if self._tracker is not None:
             self._tracker.stop()
-            return self._tracker.final_emissions_data.energy_consumed * JOULES_PER_KWH, 1.0
+            # it only logs what goes wrong in it, and then has no result
+            found = getattr(self._tracker, "final_emissions_data", None)
+            if found is not None:
+                # where it finds no counter it takes a typical processor's power
+                measured = float(self._rapl.joules() is not None)
+                return found.energy_consumed * JOULES_PER_KWH, measured
         gpu = self._nvml() - self._gpu_start if self._nvml else 0.0
         cpu = self._rapl.joules()
         if cpu is not None:

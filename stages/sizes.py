@@ -74,10 +74,12 @@ def kept_for_backward(
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     storages: dict[int, tuple[int, Any]] = {}
-    with FakeTensorMode():
+    with torch.device("meta"):
         model: Any = _auto(masked).from_config(config)
         if lora is not None and lora.rank:
             model = add_lora(model, lora, "causal")
+    with FakeTensorMode():
+        _as_if_on_cpu(model)
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
 
         def save(tensor: Tensor) -> Tensor:
@@ -101,6 +103,24 @@ def kept_for_backward(
                 base = model.get_base_model() if hasattr(model, "get_base_model") else model
                 base.base_model(**inputs)
     return float(sum(size for size, _ in storages.values()))
+
+
+def _as_if_on_cpu(model: nn.Module) -> None:
+    """Put fake tensors in the place of a model's tensors, tied ones once."""
+    made: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            is_weight = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(copy, tensor.requires_grad) if is_weight else copy
+        return made[id(tensor)]
+
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = fake(tensor)  # type: ignore[assignment]
 
 
 def _auto(masked: bool) -> Any:

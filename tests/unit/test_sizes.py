@@ -62,3 +62,11 @@ def test_twice_the_rows_keep_twice_as_much_and_bf16_less():
     assert twice == pytest.approx(2 * once, rel=0.1)
     assert kept_for_backward(config, 4, 64, bf16=True, logits=False) < twice
     assert kept_for_backward(config, 4, 64) > twice + 4 * 64 * 61 * 4
+
+
+def test_with_adapters_less_is_kept_than_all_weights_need_and_more_than_nothing():
+    config = tiny_config("llama")
+    full = kept_for_backward(config, 2, 64, logits=False)
+    adapted = kept_for_backward(config, 2, 64, lora=LoraSettings(rank=2), logits=False)
+    # inputs of frozen weights are not needed, those of their adapters are
+    assert 0.5 * full < adapted < 1.6 * full
