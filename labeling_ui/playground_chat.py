@@ -130,7 +130,7 @@ def _sampling(choices: list[tuple[str, str]]) -> list[Any]:
                 0, 2, 1.0, step=0.05, label="Temperature", info="0: always the likeliest token"
             )
             top_k = gr.Slider(0, 200, 0, step=1, label="Top-k", info="0: no limit")
-            top_p = gr.Slider(0.05, 1, 1.0, step=0.05, label="Top-p", info="1: no limit")
+            top_p = gr.Slider(0, 1, 1.0, step=0.05, label="Top-p", info="1: no limit")
         with gr.Row():
             penalty = gr.Slider(1, 2, 1.0, step=0.05, label="Repetition penalty", info="1: none")
             most = gr.Slider(

@@ -225,7 +225,7 @@ def _shaping() -> list[Any]:
         return [
             gr.Slider(0, 2, 1.0, step=0.05, label="Temperature", elem_id="temperature"),
             gr.Slider(0, 100, 0, step=1, label="Top-k (0: no limit)", elem_id="top-k"),
-            gr.Slider(0.05, 1, 1.0, step=0.05, label="Top-p (1: no limit)", elem_id="top-p"),
+            gr.Slider(0, 1, 1.0, step=0.05, label="Top-p (1: no limit)", elem_id="top-p"),
             gr.Slider(1, 2, 1.0, step=0.05, label="Repetition penalty (1: none)"),
         ]
 

@@ -242,6 +242,12 @@ def test_top_k_cuts_in_the_picture(page):
     box.send_keys("3", Keys.TAB)
     page.until(lambda: len(page.seen("#pic-odds .pg-cut")) == 17)
     assert "3 of" in page.find("#pic-odds").text
+    # key by key: what is half typed is no error
+    box = page.find("#top-p input[type=number]")
+    box.send_keys(Keys.CONTROL, "a")
+    box.send_keys("0.5", Keys.TAB)
+    page.until(lambda: "top-p" in page.find("#pic-odds").text)
+    assert not page.seen(".toast-wrap .error")
 
 
 def test_stages_and_what_ppo_sees_are_drawn(page):
