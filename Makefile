@@ -42,7 +42,7 @@ faults: $(STAMP)
 	$(BIN)/python -m tests.faults --page docs/faults.md
 
 sweep: $(STAMP)
-	for size in 24 48 96; do for steps in 250 600 1500; do \
+	for size in 48 96 192; do for steps in 250 600 1500; do \
 	  $(BIN)/prefline run configs/sweep.yaml run.name=sweep-$$size-$$steps \
 	    model.hidden_size=$$size pretrain.steps=$$steps || exit; done; done
 	$(BIN)/prefline plan --fit runs/sweep-*
