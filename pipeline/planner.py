@@ -73,7 +73,6 @@ def _division(settings: Settings) -> tuple[int, bool]:
     own = settings.launch
     if own.profile == "auto":
         return own.processes, False
-    launch.refuse_deepspeed(own.profile)
     values = launch.profile_values(own.profile)
     processes = own.processes if own.processes > 1 else int(values.get("num_processes") or 1)
     return processes, str(values.get("distributed_type", "")).upper() == "FSDP"
