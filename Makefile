@@ -4,7 +4,7 @@
 #                     chromium-driver:  apt-get install chromium chromium-driver
 # make lint   ruff and mypy                    make bench  against the peers, writes docs/benchmarks.md
 # make faults  kill a small line at 70 moments and resume it, writes docs/faults.md (half an hour)
-# make sweep  nine tiny models of three sizes and three lengths, and a scaling law fitted to them (some minutes)
+# make sweep  nine tiny models of three sizes and three lengths, and a law fitted to them (ten minutes or more)
 # make mutants  break the arithmetic of PPO and of the reward losses bit by bit, writes docs/mutants.md
 #
 # Each needs Python >= 3.11, make and git only: .venv is made on the first call, and again only when
@@ -42,7 +42,7 @@ faults: $(STAMP)
 	$(BIN)/python -m tests.faults --page docs/faults.md
 
 sweep: $(STAMP)
-	for size in 24 48 96; do for steps in 250 600 1500; do \
+	for size in 48 96 192; do for steps in 250 600 1500; do \
 	  $(BIN)/prefline run configs/sweep.yaml run.name=sweep-$$size-$$steps \
 	    model.hidden_size=$$size pretrain.steps=$$steps || exit; done; done
 	$(BIN)/prefline plan --fit runs/sweep-*

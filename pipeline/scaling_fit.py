@@ -27,6 +27,8 @@ LEAST = 6
 _DELTA = 1e-3
 _BOOTSTRAPS = 200
 _STARTS = 24
+# runs of one sweep repeat themselves within a per cent or two
+_DOUBTFUL = 0.05
 _LEVEL = (2.5, 97.5)
 _NAMES = ("E", "A", "B", "alpha", "beta")
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -251,6 +253,11 @@ def _ratio(law: Law, flops: float) -> float | None:
 
 def _doubts(fitted: Fitted) -> list[str]:
     found = []
+    if fitted.rms > _DOUBTFUL:
+        found.append(
+            f"WARNING the law misses the runs by {fitted.rms:.0%}: do not extrapolate. It holds for models that"
+            " are past their first steep fall; leave out the smallest and the shortest runs"
+        )
     for name in ("alpha", "beta"):
         low, high = fitted.interval(name)
         value = getattr(fitted.law, name)

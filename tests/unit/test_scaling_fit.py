@@ -91,5 +91,6 @@ def test_a_law_that_knows_no_best_size_says_so():
     assert "no best size" in scaling_fit.optimum_line(
         scaling_fit.Fitted(points, flat, [flat], 0), 1e12
     )
-    half = scaling_fit.Fitted(points, known, [flat, known], 0.01)
+    half = scaling_fit.Fitted(points, known, [flat, known], 0.2)
     assert "not known" in scaling_fit.optimum_line(half, 1e12)
+    assert "misses the runs by 20%" in scaling_fit.lines(half, None)[-1]
