@@ -9,7 +9,7 @@ import torch
 
 from pipeline import artifacts, workspace
 from pipeline.files import write_atomic
-from pipeline.job import Input
+from pipeline.job import Input, Job, Out
 from pipeline.manifest import Manifest
 from pipeline.plan import STAGES, plan
 from pipeline.records import Prompt, write_jsonl
@@ -118,10 +118,6 @@ def _save_critic(run: Run, works: dict[str, Path]) -> None:
         for parameter in agent.value_parameters().values():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
-    class Place:
-        checkpoints, rank = works["ppo"] / "checkpoints", 0
-
-        def spend(self, *_: object) -> None: ...
-
-    keeper = Checkpointer(Place(), 2, None)  # type: ignore[arg-type]
+    job = Job("ppo", "ppo", "stages.ppo", 1, "4" * 12, works["ppo"], run.path, {}, {}, {})
+    keeper = Checkpointer(Out(job), 2)
     keeper.save(7, {"policy": agent.policy_parameters(), "value": agent.value_parameters()}, {})
