@@ -78,7 +78,8 @@ def _trained(settings: Settings, inputs: Inputs, accelerator: Accelerator, out: 
             temporary = folder / "model.tmp"
             shutil.rmtree(temporary, ignore_errors=True)
             save_model(found.model, found.tokenizer, temporary)
-            row = {"score_mean": found.mean, "score_std": found.std, "accuracy": found.accuracy}
+            accuracy = found.agreement.value if found.agreement else None
+            row = {"score_mean": found.mean, "score_std": found.std, "accuracy": accuracy}
             (temporary / "reward.json").write_text(json.dumps(row, sort_keys=True))
             os.replace(temporary, done)
             shutil.rmtree(own.checkpoints, ignore_errors=True)

@@ -13,6 +13,8 @@ from pipeline.errors import StageError
 from pipeline.job import Input, Out
 from pipeline.records import Ranking, read_jsonl
 from pipeline.settings import Settings
+from pipeline.statistics import Estimate
+from stages.label_agreement import read_labels
 from stages.models import add_lora, load_tokenizer, merge_lora, new_reward_model
 from stages.ranked_data import (
     EncodedRanking,
@@ -29,14 +31,15 @@ from stages.shared_prefix import GroupScorer, decide_sharing, score_groups
 class HeldoutModel(NamedTuple):
     """A trained model with the normalisation of its scores over the rankings' responses.
 
-    accuracy: on the rankings that the first model was trained on, which this one has not seen.
+    agreement: share of the pairs that it orders as people do, in rankings that the first model was trained
+    on and this one has not seen; None where there are none.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     mean: float
     std: float
-    accuracy: float | None
+    agreement: Estimate | None
 
 
 def train_on_heldout(
@@ -49,6 +52,8 @@ def train_on_heldout(
     purpose: str,
 ) -> HeldoutModel:
     """Train it in the folder of `out`, from where it goes on after a stop.
+
+    Agreement is that with people, or with simulated annotators where nobody else ranked.
 
     Raises:
         StageError: no held-out ranking can be used.
@@ -67,7 +72,8 @@ def train_on_heldout(
             f"{out.step}: {purpose} needs held-out rankings: {tally.summary()}",
             "Raise rank.heldout_fraction, or collect more rankings.",
         )
-    train = [row for row in rows if row.split == "train"]
+    labels = read_labels(rankings)
+    train = [row for row in labels.rankings if row.split == "train"] if labels else []
     unseen, _ = encode_rankings(train, tokenizer, max_length)
     out.say(f"{purpose}: training a second reward model on {len(own)} held-out rankings")
     model = add_lora(model, settings.reward.lora, "reward").to(accelerator.device)
@@ -88,10 +94,11 @@ def train_on_heldout(
     )
     merged = merge_lora(model).eval()
     mean, std = _normalisation(merged, own + unseen, pad_id, share_prefix)
-    accuracy = None
-    if unseen:
-        accuracy = measure(merged, unseen, pad_id, seed, share_prefix)["accuracy"]
-    return HeldoutModel(merged, tokenizer, mean, std, accuracy)
+    if not unseen:
+        return HeldoutModel(merged, tokenizer, mean, std, None)
+    found = measure(merged, unseen, pad_id, seed, share_prefix)
+    figures = (found[name] for name in ("accuracy", "accuracy_low", "accuracy_high", "pairs"))
+    return HeldoutModel(merged, tokenizer, mean, std, Estimate(*figures))
 
 
 def _normalisation(

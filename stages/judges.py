@@ -61,7 +61,7 @@ def _scorer(
 ) -> tuple[str, Score, Estimate | None]:
     """Title, scores and agreement of a judge that looks at one response at a time."""
     if judge == "reward_model":
-        score, agreed = second_reward_model(settings, inputs, labels, accelerator, out)
+        score, agreed = second_reward_model(settings, inputs, accelerator, out)
         return judge, score, agreed
     title, score = ("rubric", by_rubric) if judge == "rubric" else _by_rule(settings, out)
     seed = seed_for(settings.run.seed, "evaluate", "agreement")
