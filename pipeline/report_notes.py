@@ -21,6 +21,7 @@ FAR_KL = 10.0  # nats a response
 LEAST_VARIETY = 0.5  # story skeletons against sft
 OVERFIT = 1.02  # held-out loss at the end against its lowest
 QUALITY_LOSS = 0.02
+WEAK_GOLD = 0.55
 
 
 def careful_notes(
@@ -45,7 +46,7 @@ def careful_notes(
     ]
     if "ppo" in last:
         judge = last["evaluate"].metrics.get("judge") if "evaluate" in last else None
-        notes += _over_optimised(last["ppo"].metrics, settings, judge)
+        notes += _over_optimised(last["ppo"], settings, judge)
     notes += [note for step in steps for note in (*_overfit(step), *_dropped(step))]
     if "evaluate" in last:
         notes.append(
@@ -192,9 +193,15 @@ def _kept(step: StepView) -> Iterator[str]:
         yield f"Only {percent(ended[-1][1])} of the last responses ended by themselves; the others were cut off."
 
 
-def _over_optimised(metrics: Row, settings: Settings, judge: object) -> Iterator[str]:
-    ppo, peak = settings.ppo, number(metrics.get("gold_peak_update"))
-    if metrics.get("gold_fell") is True and ppo.keep != "best_gold":
+def _over_optimised(step: StepView, settings: Settings, judge: object) -> Iterator[str]:
+    ppo, peak = settings.ppo, number(step.metrics.get("gold_peak_update"))
+    right = finite(mapping(step.manifest.get("derived")).get("gold_accuracy"))
+    if right is not None and right < WEAK_GOLD:
+        yield (
+            f"The gold that watched PPO orders only {percent(right)} of the pairs that it has not seen as people"
+            " do: it shows nothing, whatever it says."
+        )
+    elif step.metrics.get("gold_fell") is True and ppo.keep != "best_gold":
         yield (
             f"PPO was optimised too far: gold was highest at update {peak} and fell while the score rose;"
             " ppo.keep=best_gold publishes that policy."
