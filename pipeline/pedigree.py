@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import sources
+from pipeline import ledger, sources
 from pipeline.lineage import all_manifests, label_rows
 from pipeline.manifest import InputRecord, Manifest
 from pipeline.records import content_id
@@ -23,11 +23,14 @@ Row = dict[str, Any]
 BIAS = ("bbq", "crows", "bias", "toxic", "stereotype")
 HALLUCINATION = ("truthful", "hallucinat", "mc1", "mc2")
 _COSTS = {
-    "seconds": "wall-clock seconds",
+    "seconds": "seconds on the clock",
+    "busy_seconds": "CPU seconds",
     "tokens": "tokens processed",
     "flops": "FLOPs (counted, not measured)",
+    "carbon_grams": "g CO2e",
+    "money": "money",
+    "human_minutes": "minutes of people",
 }
-_MORE_COSTS = ("energy", "carbon", "co2", "money", "human")
 
 
 @dataclass(frozen=True)
@@ -221,16 +224,12 @@ def with_words(metrics: Row, words: tuple[str, ...]) -> dict[str, float | str]:
 
 
 def cost_rows(line: Iterable[Made]) -> list[tuple[str, float]]:
-    """What the whole line cost, summed over its results; only what was measured or counted."""
-    total: dict[str, float] = {}
-    for made in line:
-        for key, value in made.manifest.cost.items():
-            if key in _COSTS or key.startswith(_MORE_COSTS):
-                total[key] = total.get(key, 0.0) + value
-    named = [(words, total[key]) for key, words in _COSTS.items() if total.get(key)]
-    return named + [
-        (key.replace("_", " "), value) for key, value in total.items() if key not in _COSTS
-    ]
+    """What the whole line cost, summed over its results; only what was measured, counted or estimated."""
+    total = ledger.total(made.manifest.cost for made in line)
+    rows = [(words, total[key]) for key, words in _COSTS.items() if key in total]
+    if joules := total.get("energy_joules"):
+        rows.append((f"energy in Wh ({ledger.source(total)})", joules / 3600))
+    return rows
 
 
 def views(line: Iterable[Made]) -> list[StepView]:

@@ -237,7 +237,7 @@ def test_the_card_says_what_the_manifests_say(exported):
         "| sft.data | demo:demonstrations | cc-by-4.0 |",
         "| pretrain.data | demo:stories | apache-2.0 |",
         "Agreement of two annotators about a pair (chance is 50 %): 71.0 %",
-        "Energy: not measured.",
+        "| energy in Wh (an estimate) |",
     ):
         assert figure in text, figure
     bias, hallucination = text.split("### Bias")[1].split("### Hallucination")
