@@ -33,6 +33,7 @@ _LESS_MEMORY = {
     "rloo": "lower rloo.rows_per_rank, or raise rloo.accumulation_steps",
     "sample": "lower sample.rows_per_rank (memory only, the same result)",
     "evaluate": "lower evaluate.rows_per_rank (memory only, the same result)",
+    "answers": "lower evaluate.rows_per_rank (memory only, the same result)",
 }
 
 
