@@ -34,12 +34,14 @@ def loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     found.value_parameters = dict(nn.Linear(2, 1).named_parameters())
     found.policy_optimizer = adamw(found.policy_parameters.values(), 1e-3, 0.0)
     found.value_optimizer = adamw(found.value_parameters.values(), 1e-3, 0.0)
-    found.models = SimpleNamespace(engine=SimpleNamespace(update=lambda policy: None))
+    found.models = SimpleNamespace(engine=SimpleNamespace(update=lambda policy: None), gold=None)
     found.agent = SimpleNamespace(policy=None)
     found.accelerator = SimpleNamespace(device="cpu")
     found.ppo = SimpleNamespace(updates=0)
     found.alarms = Alarms("ppo", 12.0, 0.04)
     found.update, found.kl_coef, found.best_metrics, found.best_value = 0, 0.1, {}, 0.0
+    found.baseline, found.gold_means = None, []
+    found.waiting, found.waiting_metrics, found.best = {}, {}, {}
     return found
 
 
