@@ -22,7 +22,11 @@ def sync(path: Path) -> None:
 
 
 def replace_durably(temporary: Path, path: Path) -> None:
-    """Give a complete file its name, once its bytes are on disk: a power cut leaves the old one or this one."""
+    """Give a complete file, or folder, its name, once its bytes are on disk: a power cut leaves the old one or
+    this one."""
+    if temporary.is_dir():
+        for inside in temporary.rglob("*"):
+            sync(inside)
     sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)

@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pipeline.files import sync
 from pipeline.job import Out
 from stages.sharding import gathered, like
 from stages.stops import check_weights
@@ -86,12 +87,12 @@ class Checkpointer:
         sums = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
         (temporary / _MANIFEST).write_text(json.dumps(sums))
         for path in temporary.iterdir():
-            fsync(path)
-        fsync(temporary)
+            sync(path)
+        sync(temporary)
         if final.exists():
             shutil.rmtree(final)
         os.replace(temporary, final)
-        fsync(self._folder)
+        sync(self._folder)
         everything = sorted(self._folder.glob("step-*"))
         # one behind this step was passed over when the run went on: damaged, and not to be counted
         kept = [path for path in everything if path.name <= final.name][-self._keep :]
@@ -139,14 +140,6 @@ def damage(folder: Path, manifest: str) -> str | None:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def trainable_tensors(model: nn.Module) -> Tensors:

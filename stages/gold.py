@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from typing import Any
 
 from accelerate import Accelerator
 
 from pipeline import demo_rubric
+from pipeline.files import replace_durably
 from pipeline.job import Input, Inputs, Out
 from pipeline.settings import Settings
 from stages.common import seed_for
@@ -81,7 +81,7 @@ def _trained(settings: Settings, inputs: Inputs, accelerator: Accelerator, out: 
             accuracy = found.agreement.value if found.agreement else None
             row = {"score_mean": found.mean, "score_std": found.std, "accuracy": accuracy}
             (temporary / "reward.json").write_text(json.dumps(row, sort_keys=True))
-            os.replace(temporary, done)
+            replace_durably(temporary, done)
             shutil.rmtree(own.checkpoints, ignore_errors=True)
         accelerator.wait_for_everyone()
         for name, value in own.cost.items():

@@ -23,8 +23,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline import worker
+from pipeline.files import sync
 from pipeline.job import Metrics, Out
-from stages.checkpoints import damage, fsync, sha256, trainable_tensors
+from stages.checkpoints import damage, sha256, trainable_tensors
 from stages.stops import check_finite, check_weights
 
 COMMITTED = "COMMITTED.json"
@@ -58,13 +59,13 @@ def commit(folder: Path, keep: int) -> None:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     sums = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
     for path in files:
-        fsync(path)
+        sync(path)
     temporary = folder / "COMMITTED.tmp"
     temporary.write_text(json.dumps(sums, sort_keys=True), encoding="utf-8")
-    fsync(temporary)
+    sync(temporary)
     os.replace(temporary, folder / COMMITTED)
-    fsync(folder)
-    fsync(folder.parent)
+    sync(folder)
+    sync(folder.parent)
     for old in sorted(folder.parent.glob("checkpoint-*"), key=_step_of)[:-keep]:
         _remove(old)
 
