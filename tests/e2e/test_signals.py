@@ -39,7 +39,7 @@ PLACES = {
     "ppo, save": ("stages.checkpoints:Checkpointer.save", 1),
     "ppo, evaluation": ("stages.ppo:_Loop._validate", 1),
     "evaluate, answers": ("stages.answering:_sample", 2),
-    "evaluate, perplexity": ("stages.evaluate:_perplexity", 1),
+    "evaluate, perplexity": ("stages.heldout_text:heldout_loss", 1),
 }
 
 
