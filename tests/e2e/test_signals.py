@@ -38,7 +38,7 @@ PLACES = {
     "ppo, update": ("stages.ppo:_Loop._minibatch", 1),
     "ppo, save": ("stages.checkpoints:Checkpointer.save", 1),
     "ppo, evaluation": ("stages.ppo:_Loop._validate", 1),
-    "evaluate, answers": ("stages.answering:_sample", 2),
+    "evaluate, answers": ("stages.answering:_sample", 1),
     "evaluate, perplexity": ("stages.heldout_text:heldout_loss", 1),
 }
 
@@ -60,7 +60,13 @@ def test_one_rank_of_two_is_asked_to_stop_everywhere(
 
 def stop_everywhere(run: Path, fault: dict[str, Any], numbers: tuple[signal.Signals, ...]) -> None:
     """Each start of the line gets one signal, each at the next place; then it runs to its end."""
-    places = [place for name, place in PLACES.items() if not (run / name.split(",")[0]).exists()]
+    # what the first rank packs, the others read
+    left_out = {"pretrain, data"} if "rank" in fault else set()
+    places = [
+        place
+        for name, place in PLACES.items()
+        if name not in left_out and not (run / name.split(",")[0]).exists()
+    ]
     for (where, call), number in zip(places, itertools.cycle(numbers), strict=False):
         plan = {**fault, "do": "signal", "number": number, "where": where, "call": call}
         ended = prefline("run", run, at_call=[plan])
