@@ -70,7 +70,8 @@ def prefline(*words: Any, at_call: Sequence[Fault] = (), timeout: float = 900) -
     finally:
         process.kill()
     # a launcher of torch tells its own story before; what is said to people has none
-    assert "\nTraceback" not in said[max(0, said.rfind("\nerror: ")) :], said
+    last = max(0, *(said.rfind(f"\n{word}: ") for word in ("error", "stopped")))
+    assert "\nTraceback" not in said[last:], said
     assert said.count("fault: ") == len(at_call), f"a fault never came:\n{said}"
     return Ended(process.returncode, said)
 
