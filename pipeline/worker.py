@@ -126,7 +126,8 @@ def run_jobs(folder: Path) -> int:
                 return code
             number += 1
         elif stop_requested():
-            return Stopped.exit_code
+            # perhaps this rank alone was asked: the parent must not take it for dead
+            return _report(file, Stopped("stopped between two steps; nothing is lost"), rank, False)
         elif (folder / "end").exists() or not folder.is_dir():
             return EXIT_DONE
         else:

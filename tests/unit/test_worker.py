@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,22 @@ def test_one_job_can_be_run_alone_from_its_file(job, tmp_path):
     assert (made.step, made.world_size, made.fingerprint) == ("tokenizer", 1, job.fingerprint)
     assert made.started <= made.finished
     assert (tmp_path / "job.done").exists()
+
+
+def test_a_rank_that_is_asked_to_stop_between_two_jobs_says_so(tmp_path):
+    jobs = tmp_path / "jobs"
+    jobs.mkdir()
+    idle = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.worker", str(jobs)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "RANK": "1"},
+    )
+    while not (jobs / "rank1.pid").exists():
+        assert idle.poll() is None
+        time.sleep(0.01)
+    idle.send_signal(signal.SIGUSR1)
+    assert idle.wait(timeout=60) == 75
+    # the parent reads it with the job that it gives next, where the others wait for this rank
+    assert json.loads((jobs / "000.error1").read_text())["exit_code"] == 75
 
 
 def test_an_orphan_does_not_begin(job, tmp_path):
