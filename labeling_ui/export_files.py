@@ -29,7 +29,7 @@ from labeling_ui.exporting import Asked, asked, pseudonyms
 from labeling_ui.row_files import RowFile, open_rows
 from labeling_ui.store import Store
 from pipeline.errors import DataError
-from pipeline.files import read_json, sha256, sync, write_atomic
+from pipeline.files import put_folder, read_json, sha256, sync, write_atomic
 from pipeline.records import Message
 
 FORMATS = {
@@ -112,9 +112,7 @@ def export_folder(store: Store, to: Path, options: Options, replace: bool = Fals
         manifest = _manifest(temporary, counts, options)
         text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
         write_atomic(temporary / MANIFEST, text)
-        for file in temporary.iterdir():
-            sync(file)
-        _put(temporary, to)
+        put_folder(temporary, to)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return counts
@@ -233,15 +231,6 @@ def _check_target(to: Path, replace: bool) -> None:
     made_here = read_json(to / MANIFEST) if to.is_dir() else None
     if not isinstance(made_here, dict) or "export" not in made_here:
         raise DataError(f"{to}: is no export of labels, so it is not replaced")
-
-
-def _put(made: Path, to: Path) -> None:
-    old = to.with_name(f".{to.name}.{os.getpid()}.old")
-    if to.exists():
-        os.replace(to, old)
-    os.replace(made, to)
-    sync(to.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _manifest(folder: Path, counts: Counts, options: Options) -> dict[str, Any]:

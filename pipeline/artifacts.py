@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from pipeline import manifest as manifests
 from pipeline.errors import ArtifactError, StageError
-from pipeline.files import HashCache, sha256, sync, write_atomic
+from pipeline.files import HashCache, sha256, sync, sync_all, write_atomic
 from pipeline.manifest import FileRecord, Manifest
 from pipeline.records import canonical_json
 
@@ -84,9 +84,7 @@ def publish(work: Path, draft: Manifest) -> Manifest:
     unfinished, final = work / UNFINISHED, work / FOLDER
     check_files(unfinished, draft.step)
     files = scan(unfinished)
-    for path in sorted(unfinished.rglob("*"), reverse=True):
-        sync(path)
-    sync(unfinished)
+    sync_all(unfinished)
     # a leftover of a kill between the rename and the manifest
     shutil.rmtree(final, ignore_errors=True)
     os.rename(unfinished, final)

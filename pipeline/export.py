@@ -26,7 +26,7 @@ import pipeline
 from pipeline import artifacts, launch, manifest
 from pipeline.cards import Card, dataset_card, model_card
 from pipeline.errors import ArtifactError, ConfigError, StageError
-from pipeline.files import read_json, sha256, sync
+from pipeline.files import put_folder, read_json, sha256
 from pipeline.pedigree import Made, chain, evaluation_of, shown_source, trained_by_adapters
 from pipeline.plan import plan
 from pipeline.sources import KEYS, kind
@@ -157,9 +157,7 @@ def export_folder(run: Run, to: Path, request: Request) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         build(run, made, problem, request, temporary)
-        for path in sorted(temporary.rglob("*"), reverse=True):
-            sync(path)
-        _put(temporary, to)
+        put_folder(temporary, to)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return to
@@ -342,13 +340,3 @@ def check_target(to: Path) -> None:
                 f"--to: {to} is not replaced: {name} {word} the export",
                 "Move it away, or give the name of a new folder.",
             )
-
-
-def _put(built: Path, to: Path) -> None:
-    old = to.with_name(f".{to.name}.export.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if to.exists():
-        to.rename(old)
-    built.rename(to)
-    sync(to.parent)
-    shutil.rmtree(old, ignore_errors=True)

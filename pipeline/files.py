@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,31 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def sync_all(folder: Path) -> None:
+    """`sync` of a folder and of everything in it, whatever is inside first."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        sync(path)
+    sync(folder)
+
+
 def replace_durably(temporary: Path, path: Path) -> None:
     """Give a complete file, or folder, its name, once its bytes are on disk: a power cut leaves the old one or
     this one."""
-    if temporary.is_dir():
-        for inside in temporary.rglob("*"):
-            sync(inside)
-    sync(temporary)
+    (sync_all if temporary.is_dir() else sync)(temporary)
     os.replace(temporary, path)
     sync(path.parent)
+
+
+def put_folder(made: Path, to: Path) -> None:
+    """Give a complete folder its name, in place of what is there; between two renames there is neither."""
+    sync_all(made)
+    old = to.with_name(f".{to.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if to.exists():
+        os.replace(to, old)
+    os.replace(made, to)
+    sync(to.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_atomic(path: Path, text: str, durable: bool = True) -> None:

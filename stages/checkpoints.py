@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.files import sync
+from pipeline.files import sync, sync_all
 from pipeline.job import Out
 from stages.sharding import gathered, like
 from stages.stops import check_weights
@@ -86,9 +86,7 @@ class Checkpointer:
         (temporary / "state.json").write_text(json.dumps({"step": step, **state}))
         sums = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
         (temporary / _MANIFEST).write_text(json.dumps(sums))
-        for path in temporary.iterdir():
-            sync(path)
-        sync(temporary)
+        sync_all(temporary)
         if final.exists():
             shutil.rmtree(final)
         os.replace(temporary, final)

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline import worker
-from pipeline.files import sync
+from pipeline.files import sync, sync_all
 from pipeline.job import Metrics, Out
 from stages.checkpoints import damage, sha256, trainable_tensors
 from stages.stops import check_finite, check_weights
@@ -58,8 +58,7 @@ def commit(folder: Path, keep: int) -> None:
     """Make a complete checkpoint count, then remove all but the newest `keep` ones."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     sums = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
-    for path in files:
-        sync(path)
+    sync_all(folder)
     temporary = folder / "COMMITTED.tmp"
     temporary.write_text(json.dumps(sums, sort_keys=True), encoding="utf-8")
     sync(temporary)
