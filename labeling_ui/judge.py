@@ -21,23 +21,13 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from labeling_ui.administration import queue_values
 from labeling_ui.exporting import asked, pseudonyms
-from labeling_ui.progress import write_progress
 from labeling_ui.rank import agreement
-from labeling_ui.schema import lot, queues, tasks
-from labeling_ui.store import (
-    EXTRA,
-    STORE_FILE,
-    WRITE,
-    Store,
-    insert_new,
-    log_event,
-    response_ids,
-    task_row,
-)
+from labeling_ui.schema import lot, queues
+from labeling_ui.step_queue import fill_queue, wait_for_people
+from labeling_ui.store import STORE_FILE, Store, response_ids, task_row
 from pipeline import worker
-from pipeline.errors import PeopleNeeded, StageError
+from pipeline.errors import StageError
 from pipeline.job import Input, Inputs, Metrics, Out
 from pipeline.records import Prompt, Ranking, content_id, read_jsonl, write_jsonl
 from pipeline.settings import Settings
@@ -53,9 +43,7 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
 def judge_in(store: Store, settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     """The step, in an open store."""
     same = queue_comparisons(store, settings, inputs["answers"], out)
-    have, need = write_progress(out.run_dir, store, out.step)
-    if have < need:
-        raise PeopleNeeded(f"{out.step}: waiting for people: {have} of {need} judgements")
+    wait_for_people(store, out, "judgements")
     judgements = _collect(store, out.step)
     if not judgements:
         raise StageError(
@@ -97,25 +85,7 @@ def queue_comparisons(store: Store, settings: Settings, answers: Input, out: Out
         "gold_rate": 0.0,
         "repeat_rate": 0.0,
     }
-    with store.write() as tx:
-        values = queue_values(tx, out.step, configured) | {"open": True}
-        insert_new(tx, queues, [{"step": out.step, **configured, "open": True}])
-        others = queues.c.step.not_in((out.step, EXTRA, WRITE))
-        tx.execute(sa.update(queues).where(others).values(open=False))
-        tx.execute(sa.update(queues).where(queues.c.step == out.step).values(**values))
-        # answers of another policy stay in the store, but nobody is asked about them any more
-        tx.execute(sa.update(tasks).where(tasks.c.step == out.step).values(active=False))
-        insert_new(tx, tasks, rows)
-        wake = sa.update(tasks).where(tasks.c.id == sa.bindparam("task"))
-        tx.execute(wake.values(active=True), [{"task": row["id"]} for row in rows])
-        log_event(
-            tx,
-            "queue",
-            step=out.step,
-            tasks=len(rows),
-            origin=answers.digest,
-            config=configured,
-        )
+    fill_queue(store, out.step, configured, rows, answers.digest)
     out.say(f"{len(rows)} prompts to judge by people; to {same} more all models say the same")
     return same
 

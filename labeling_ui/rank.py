@@ -25,7 +25,6 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from labeling_ui.administration import queue_values
 from labeling_ui.aggregate import group_rankings
 from labeling_ui.agreement import pairwise_agreement
 from labeling_ui.counting import labels
@@ -33,12 +32,13 @@ from labeling_ui.exporting import snapshot
 from labeling_ui.importing import Report, import_rankings
 from labeling_ui.pace import human_minutes
 from labeling_ui.progress import write_progress
-from labeling_ui.schema import queues, tasks
+from labeling_ui.schema import queues
 from labeling_ui.simulate import rank_all
-from labeling_ui.store import EXTRA, STORE_FILE, WRITE, Store, insert_new, log_event, task_row
+from labeling_ui.step_queue import fill_queue, wait_for_people
+from labeling_ui.store import EXTRA, STORE_FILE, Store, task_row
 from labeling_ui.weighing import annotator_rows
 from pipeline import worker
-from pipeline.errors import PeopleNeeded, StageError
+from pipeline.errors import StageError
 from pipeline.job import Input, Inputs, Metrics, Out
 from pipeline.records import Prompt, Ranking, SampleGroup, is_heldout, read_jsonl, write_jsonl
 from pipeline.settings import Settings
@@ -71,7 +71,7 @@ def rank_in(store: Store, settings: Settings, inputs: Inputs, out: Out) -> Metri
             seed = settings.run.seed
             done = rank_all(store, out.step, settings.rank, seed, _heartbeat(out))
         else:
-            wait_for_people(store, out)
+            wait_for_people(store, out, "rankings")
 
     # 3 everything that counts, as one immutable artifact. Counted before it is read: a ranking that
     # comes between is found to be new
@@ -140,36 +140,8 @@ def queue_samples(
         "gold_rate": rank.gold_rate,
         "repeat_rate": rank.repeat_rate,
     }
-    mine = tasks.c.step == out.step
-    with store.write() as tx:
-        # what the lead has set in the app since stays
-        values = queue_values(tx, out.step, configured) | {"open": True}
-        insert_new(tx, queues, [{"step": out.step, **configured, "open": True}])
-        # the policy of a round before is not what people should look at now
-        others = queues.c.step.not_in((out.step, EXTRA, WRITE))
-        tx.execute(sa.update(queues).where(others).values(open=False))
-        tx.execute(sa.update(queues).where(queues.c.step == out.step).values(**values))
-        # samples of other settings stay in the store, but nobody is asked about them any more
-        tx.execute(sa.update(tasks).where(mine).values(active=False))
-        insert_new(tx, tasks, rows)
-        wake = sa.update(tasks).where(tasks.c.id == sa.bindparam("task"))
-        state = {"step": out.step, "origin": samples.digest, "active": True}
-        tx.execute(wake.values(**state), [{"task": row["id"]} for row in rows])
-        log_event(
-            tx, "queue", step=out.step, tasks=len(rows), origin=samples.digest, config=configured
-        )
+    fill_queue(store, out.step, configured, rows, samples.digest)
     out.say(f"{len(rows)} prompts to rank, by {rank.by}")
-
-
-def wait_for_people(store: Store, out: Out) -> None:
-    """Go on when enough rankings are in.
-
-    Raises:
-        PeopleNeeded: with how many there are and how many it takes.
-    """
-    have, need = write_progress(out.run_dir, store, out.step)
-    if have < need:
-        raise PeopleNeeded(f"{out.step}: waiting for people: {have} of {need} rankings")
 
 
 def _collect(store: Store, settings: Settings, known: Done, out: Out) -> list[Ranking]:
