@@ -10,7 +10,6 @@ It listens on this machine only and has no login. This process draws; the models
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -22,8 +21,8 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import RedirectResponse
 
 from labeling_ui import guard, playground_models
+from labeling_ui.hosting import LOCAL_NAMES, check_port, keep_gradio_quiet, mount, serve
 from labeling_ui.playground_models import Models
-from labeling_ui.server import LOCAL_NAMES, check_port, mount
 from labeling_ui.store import Store, open_run_store
 from pipeline import inventory
 from pipeline.errors import EXIT_DONE, ToolkitError
@@ -116,24 +115,15 @@ def _serve(given: argparse.Namespace) -> int:
     # the child loads its libraries while this process loads its own
     child, token = playground_models.start(offered)
     try:
-        # before Gradio is imported: it asks and reports over the network otherwise
-        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        os.environ["HF_HUB_OFFLINE"] = "1"
+        keep_gradio_quiet()
+        # this process loads it while the child loads its own
         import gradio  # noqa: F401
-        import uvicorn
 
         models = playground_models.connect(child, offered, token)
         app = create_app(models, run, given.page)
-        # Gradio serves files that lie in the working and the temporary folder: there are none here
-        empty = tempfile.mkdtemp(prefix="prefline-playground-")
-        os.environ["GRADIO_TEMP_DIR"] = empty
-        os.chdir(empty)
         print(f"Playground: http://{HOST}:{given.port}/{given.page}/", file=sys.stderr)
         # browsers keep a stream open, for which an end would wait
-        uvicorn.run(
-            app, host=HOST, port=given.port, log_level="warning", server_header=False,
-            timeout_graceful_shutdown=1,
-        )  # fmt: skip
+        serve(app, HOST, given.port, grace_seconds=1)
     finally:
         child.kill()
         child.wait()

@@ -14,11 +14,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import html
-import os
 import socket
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -33,12 +31,12 @@ from sqlalchemy.engine import Row
 from labeling_ui import accounts, guard
 from labeling_ui.dashboard import Dashboard
 from labeling_ui.forms import Refused
+from labeling_ui.hosting import LOCAL_NAMES, check_port, keep_gradio_quiet, mount, serve
 from labeling_ui.progress import Teller
 from labeling_ui.schema import users
 from labeling_ui.store import Store, log_event, open_run_store
 from pipeline.errors import EXIT_DONE, ConfigError, ToolkitError
 
-LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 # whoever opens the ranking page is handed a prompt: a lead comes to look
 _HOME = {"annotator": "/ui/", "lead": "/lead/"}
 
@@ -174,38 +172,6 @@ def create_app(store: Store, run_dir: Path, names: Sequence[str] = LOCAL_NAMES) 
     return server
 
 
-def mount(
-    server: FastAPI,
-    run_dir: Path,
-    path: str,
-    blocks: Any,
-    who: Callable[[Request], str | None] | None,
-    head: str,
-    css: str = "",
-) -> None:
-    """A Gradio page behind a login (who: the name behind a request), with all off that it does not need."""
-    import gradio
-
-    gradio.mount_gradio_app(
-        server,
-        blocks,
-        path=path,
-        auth_dependency=who,
-        allowed_paths=[],
-        blocked_paths=[str(run_dir.resolve())],
-        max_file_size="1kb",
-        footer_links=[],
-        run_history=False,
-        enable_monitoring=False,
-        show_error=False,
-        ssr_mode=False,
-        # system fonts: Gradio's themes would ask a font server
-        theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-        css=css,
-        head=head,
-    )
-
-
 def names_of(host: str, public_url: str | None) -> list[str]:
     """Host names under which browsers may reach this server."""
     names = [*LOCAL_NAMES]
@@ -244,40 +210,18 @@ def _serve(given: argparse.Namespace) -> int:
             f"Make one with: prefline users {given.run} add NAME",
         )
     check_port(given.host, given.port)
-    # before Gradio is imported: it asks and reports over the network otherwise
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    keep_gradio_quiet()
     app = create_app(store, run_dir, names_of(given.host, given.public_url))
-    import uvicorn
-
     if given.host not in LOCAL_NAMES and not given.public_url:
         print(
             f"warning: {given.host} is open to the network and this server speaks plain HTTP."
             " Put a proxy with TLS in front of it and give --public-url https://...",
             file=sys.stderr,
         )
-    # Gradio serves files that lie in the working and the temporary folder: there are none here
-    empty = tempfile.mkdtemp(prefix="prefline-app-")
-    os.environ["GRADIO_TEMP_DIR"] = empty
-    os.chdir(empty)
     shown = f"[{given.host}]" if ":" in given.host else given.host
     print(f"Ranking app: {given.public_url or f'http://{shown}:{given.port}'}", file=sys.stderr)
-    uvicorn.run(app, host=given.host, port=given.port, log_level="warning", server_header=False)
+    serve(app, given.host, given.port)
     return EXIT_DONE
-
-
-def check_port(host: str, port: int) -> None:
-    """Refuse a port that is taken before seconds go into starting."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise ConfigError(
-                f"cannot listen on {host}:{port} ({reason})", "Try another --port."
-            ) from None
 
 
 if __name__ == "__main__":
