@@ -25,6 +25,11 @@ _SHOWN_KEYS = 7  # what fits on a line; a stage puts what matters first
 _EVALUATION = ("heldout_", "validation_")
 
 
+def win_rate_metric(first: str, second: str) -> str:
+    """`win_rate_vs_sft` for the policy, else with the first model before it: policy_1_win_rate_vs_sft."""
+    return f"{'' if first == 'policy' else f'{first}_'}win_rate_vs_{second}"
+
+
 @dataclass(frozen=True)
 class Input:
     """One thing that a stage reads: the artifact of another step, or what the user gave.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pipeline.job import win_rate_metric
 from pipeline.report_data import StepView
 from pipeline.report_plots import Row, finite, interval_bar, number, percent
 
@@ -95,13 +96,8 @@ def compared(metrics: Row) -> list[tuple[str, str]]:
     return [(str(row[0]), str(row[1])) for row in rows if isinstance(row, list) and len(row) == 2]
 
 
-def metric_of(first: str, second: str) -> str:
-    """The metric of two models, behind the name of the judge."""
-    return f"{'' if first == 'policy' else f'{first}_'}win_rate_vs_{second}"
-
-
 def _comparison(metrics: Row, first: str, second: str, judge: str, title: str) -> Row | None:
-    name = f"judge_{judge}_{metric_of(first, second)}"
+    name = f"judge_{judge}_{win_rate_metric(first, second)}"
     rate, low, high = _interval(metrics, name)
     if rate is None:
         return None

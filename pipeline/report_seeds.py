@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from pipeline.job import win_rate_metric
 from pipeline.report_data import mapping
-from pipeline.report_judges import compared, judges, metric_of
+from pipeline.report_judges import compared, judges
 from pipeline.report_plots import Row, finite, interval_bar
 from pipeline.statistics import over_seeds, over_seeds_and_prompts
 
@@ -27,7 +28,7 @@ def over_runs(runs: Sequence[Evaluated], seed: int = 0) -> list[Row]:
     rows = []
     for models in compared(runs[0].metrics):
         for judge, title in judges(runs[0].metrics):
-            name = metric_of(*models)
+            name = win_rate_metric(*models)
             rates = [finite(run.metrics.get(f"judge_{judge}_{name}")) for run in runs]
             found = [rate for rate in rates if rate is not None]
             if len(found) < len(runs):

@@ -54,10 +54,18 @@ def mean_with_interval(
         code_N = np.array([place.setdefault(name, len(place)) for name in clusters])
         sums_N = np.bincount(code_N, sums_N).astype(np.float64)
         counts_N = np.bincount(code_N).astype(np.float64)
-    picks_DN = _picks(len(sums_N), seed)
-    means_D = sums_N[picks_DN].sum(1) / counts_N[picks_DN].sum(1)
-    low, high = np.percentile(means_D, [2.5, 97.5])
-    return Estimate(float(sums_N.sum() / counts_N.sum()), float(low), float(high), total)
+    low, high = ratio_interval(sums_N, counts_N, seed)
+    return Estimate(float(sums_N.sum() / counts_N.sum()), low, high, total)
+
+
+def ratio_interval(
+    numerators_N: NDArray[Any], denominators_N: NDArray[Any], seed: int
+) -> tuple[float, float]:
+    """95 % percentile interval of sum(numerators) / sum(denominators), by a bootstrap over items."""
+    picks_DN = _picks(len(numerators_N), seed)
+    ratios_D = numerators_N[picks_DN].sum(1) / denominators_N[picks_DN].sum(1)
+    low, high = np.percentile(ratios_D, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float], seed: int) -> Estimate:
@@ -69,8 +77,8 @@ def paired_difference(first: Sequence[float], second: Sequence[float], seed: int
 def sign_test(outcomes: Sequence[float]) -> float:
     """Two-sided p of "neither model is better": exact binomial over the prompts without a tie.
 
-    On two models' right and wrong answers (as differences 1, 0, -1 or as 1, 0.5, 0) it is McNemar's
-    exact test: answers on which they agree are the ties.
+    On whether two models' answers are right it is McNemar's exact test: answers on which they agree
+    are the ties.
     """
     values = np.asarray(outcomes, dtype=np.float64)
     wins, losses = int((values > 0.5).sum()), int((values < 0.5).sum())

@@ -36,7 +36,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline import worker
-from pipeline.job import Inputs, Metrics, Out
+from pipeline.job import Inputs, Metrics, Out, win_rate_metric
 from pipeline.records import Prompt, write_jsonl
 from pipeline.settings import Settings
 from stages.answering import Answers, answer, best_of_n, best_of_n_kl, prompts_to_answer
@@ -45,16 +45,15 @@ from stages.behaviour_summary import summarise
 from stages.common import seed_for, start, stop_if_asked
 from stages.heldout_text import heldout_loss, heldout_text
 from stages.judges import judge_all, rubric_metrics
-from stages.judging import text_metrics
 from stages.label_agreement import Labels, annotator_agreement, read_labels
 from stages.models import load_causal_lm, load_reward_model, load_tokenizer
 from stages.prompts import PromptIds
 from stages.rollout import all_logprobs, make_sequences
+from stages.text_metrics import text_metrics
 from stages.token_view import token_rows
 from stages.verdicts import (
     Models,
     Verdict,
-    metric_name,
     models_to_compare,
     verdict_metrics,
     with_interval,
@@ -226,7 +225,8 @@ def _comparisons(
         row["winner"] = None if own is None else _winner(own)
         row["outcomes"] = {
             verdict.judge: {
-                metric_name(models): outcomes[i] for models, outcomes in verdict.outcomes.items()
+                win_rate_metric(*models): outcomes[i]
+                for models, outcomes in verdict.outcomes.items()
             }
             for verdict in verdicts
         }

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.job import Metrics
 from pipeline.records import Ranking
+from pipeline.statistics import ratio_interval
 from stages.ranked_data import encode_group
-from stages.reward_measures import bootstrap_ratio
 from stages.reward_votes import Judged, agreement, votes_of
 from stages.shared_prefix import PromptGroup
 
@@ -143,7 +143,7 @@ def calibration(judged: Sequence[Judged], seed: int) -> Row:
             row[0] += right_Q[q]
             row[1] += 1
         table = np.array([sums[key] for key in sorted(sums)])
-        low, high = bootstrap_ratio(table[:, 0], table[:, 1], seed)
+        low, high = ratio_interval(table[:, 0], table[:, 1], seed)
         bins.append(
             {
                 "confidence": float(confidence_Q[index].mean()),
@@ -222,6 +222,6 @@ def end_token(judged: Sequence[Judged], std: float, seed: int) -> Row:
     ):
         sum_N = np.array([of(row).sum() for row in differences])
         found[name] = float(sum_N.sum() / count_N.sum())
-        low, high = bootstrap_ratio(sum_N, count_N, seed)
+        low, high = ratio_interval(sum_N, count_N, seed)
         found[f"{name}_low"], found[f"{name}_high"] = low, high
     return found

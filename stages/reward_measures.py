@@ -11,6 +11,7 @@ from scipy.stats import kendalltau
 from torch import Tensor, nn
 
 from pipeline.job import Metrics
+from pipeline.statistics import ratio_interval
 from stages.ranked_data import EncodedRanking
 from stages.reward_losses import correct_pairs
 from stages.shared_prefix import GroupScorer, score_groups
@@ -57,7 +58,7 @@ def measure(
                 wrongs.append(wrong_Q)
     # a prompt whose responses all tie says nothing of the order
     table = torch.stack([count for count in counts.values() if count[1] > 0]).numpy()
-    low, high = bootstrap_ratio(table[:, 0], table[:, 1], seed)
+    low, high = ratio_interval(table[:, 0], table[:, 1], seed)
     found = {
         "accuracy": float(table[:, 0].sum() / table[:, 1].sum()),
         "accuracy_low": low,
@@ -93,14 +94,3 @@ def correlation(x: np.ndarray, y: np.ndarray) -> float:
     if x.std() == 0 or y.std() == 0:
         return 0.0
     return float(np.corrcoef(x, y)[0, 1])
-
-
-def bootstrap_ratio(
-    numerator: np.ndarray, denominator: np.ndarray, seed: int, draws: int = 2000
-) -> tuple[float, float]:
-    """95 % percentile interval of sum(numerator) / sum(denominator), resampling the items."""
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(0, len(numerator), size=(draws, len(numerator)))
-    ratios = numerator[picks].sum(1) / denominator[picks].sum(1)
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return float(low), float(high)

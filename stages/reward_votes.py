@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.records import Ranking
-from stages.reward_measures import bootstrap_ratio
+from pipeline.statistics import ratio_interval
 
 Row = dict[str, Any]
 MOST_MISTAKES = 20
@@ -91,7 +91,7 @@ def agreement(votes: Sequence[Votes], seed: int) -> Row:
     }
     for name, (over, under) in names.items():
         found[name] = float(table[:, over].sum() / table[:, under].sum())
-        low, high = bootstrap_ratio(table[:, over], table[:, under], seed)
+        low, high = ratio_interval(table[:, over], table[:, under], seed)
         found[f"{name}_low"], found[f"{name}_high"] = low, high
     return found
 

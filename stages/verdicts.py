@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pipeline.job import Metrics
+from pipeline.job import Metrics, win_rate_metric
 from pipeline.statistics import Estimate, mean_with_interval, sign_test
 from stages.length_control import length_controlled
 
@@ -48,12 +48,6 @@ def outcomes_of(scores: list[float], other_scores: list[float]) -> Outcomes:
     return [float(own > other) + 0.5 * float(own == other) for own, other in pairs]
 
 
-def metric_name(models: Models) -> str:
-    """`win_rate_vs_sft` for the policy, else with the first model before it: policy_1_win_rate_vs_sft."""
-    first, second = models
-    return f"{'' if first == 'policy' else f'{first}_'}win_rate_vs_{second}"
-
-
 def verdict_metrics(verdict: Verdict, texts: dict[str, list[str]], seed: int) -> Metrics:
     """All figures of one judge, each with `judge_NAME_` before it.
 
@@ -63,7 +57,7 @@ def verdict_metrics(verdict: Verdict, texts: dict[str, list[str]], seed: int) ->
     """
     metrics: Metrics = {}
     for models, outcomes in verdict.outcomes.items():
-        metrics |= compared(metric_name(models), models, outcomes, texts, seed)
+        metrics |= compared(win_rate_metric(*models), models, outcomes, texts, seed)
     if verdict.agreement is not None:
         metrics |= with_interval("agreement", verdict.agreement)
         metrics["agreement_pairs"] = verdict.agreement.n

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from labeling_ui.rank import agreement as agreement_of_the_app
-from pipeline.job import Input
+from pipeline.job import Input, win_rate_metric
 from pipeline.records import Prompt, Ranking, write_jsonl
 from stages.label_agreement import (
     Labels,
@@ -15,7 +15,7 @@ from stages.label_agreement import (
     read_labels,
     strict_pairs,
 )
-from stages.verdicts import Verdict, metric_name, models_to_compare, outcomes_of, verdict_metrics
+from stages.verdicts import Verdict, models_to_compare, outcomes_of, verdict_metrics
 
 
 def ranking(prompt: str, ranks: tuple[int, ...], annotator: str = "ada", **more) -> Ranking:
@@ -79,7 +79,7 @@ def test_people_come_before_simulated_annotators(tmp_path) -> None:
 def test_which_models_are_compared() -> None:
     assert models_to_compare(["policy", "sft"]) == [("policy", "sft")]
     found = models_to_compare(["policy", "sft", "base", "best_of_n", "policy_1", "policy_2"])
-    names = [metric_name(models) for models in found]
+    names = [win_rate_metric(*models) for models in found]
     assert names == [
         "win_rate_vs_sft",
         "policy_1_win_rate_vs_sft",

@@ -21,6 +21,7 @@ from pipeline.statistics import (
     over_seeds,
     over_seeds_and_prompts,
     paired_difference,
+    ratio_interval,
     sign_test,
     standard_error,
 )
@@ -190,3 +191,13 @@ def test_runs_and_prompts_are_both_drawn() -> None:
     assert together.high - together.low == pytest.approx(one.high - one.low, rel=0.1)
     nested = over_seeds_and_prompts(alike, 0, same_prompts=False)
     assert nested.high - nested.low < 0.7 * (one.high - one.low)
+
+
+def test_the_bootstrap_interval_holds_the_ratio_and_shrinks_with_more_items() -> None:
+    rng = np.random.default_rng(0)
+    correct = rng.integers(0, 4, size=400).astype(float)
+    pairs = np.full(400, 3.0)
+    low, high = ratio_interval(correct, pairs, seed=1)
+    few_low, few_high = ratio_interval(correct[:25], pairs[:25], seed=1)
+    assert low < correct.sum() / pairs.sum() < high
+    assert high - low < few_high - few_low

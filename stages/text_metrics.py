@@ -1,33 +1,13 @@
-"""Which of two responses is better, how sure we are, and what is wrong with a set of responses."""
+"""What is wrong with a set of responses: their length, variety and defects."""
 
 from __future__ import annotations
 
 from collections import Counter
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 
 from pipeline.job import Metrics
-
-
-class WinRate(NamedTuple):
-    """Share of prompts on which the first model won, ties counted one half, with its 95 % interval."""
-
-    rate: float
-    low: float
-    high: float
-    ties: float
-
-
-def win_rate(scores: list[float], other_scores: list[float], seed: int) -> WinRate:
-    """Paired by prompt; percentile bootstrap over prompts (2000 draws)."""
-    own, other = np.array(scores), np.array(other_scores)
-    outcomes = (own > other) + 0.5 * (own == other)
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(0, len(outcomes), size=(2000, len(outcomes)))
-    low, high = np.percentile(outcomes[picks].mean(1), [2.5, 97.5])
-    return WinRate(float(outcomes.mean()), float(low), float(high), float((own == other).mean()))
 
 
 def text_metrics(responses: list[str], tokens: list[int], ended: list[bool]) -> Metrics:
