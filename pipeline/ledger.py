@@ -112,11 +112,11 @@ def line(cost: Mapping[str, float], currency: str = "") -> str:
         parts.append(f"{big(tokens)} tokens")
     if flops := cost.get("flops"):
         share = cost.get("utilisation")
-        parts.append(f"{big(flops)}FLOP" + (f" ({share:.0%} of the peak)" if share else ""))
+        parts.append(big(flops, "FLOP") + (f" ({share:.0%} of the peak)" if share else ""))
     if memory := cost.get("peak_memory_bytes"):
-        parts.append(f"{big(memory)}B at most")
+        parts.append(f"{big(memory, 'B')} at most")
     if device := cost.get("device_peak_memory_bytes"):
-        parts.append(f"{big(device)}B on the device")
+        parts.append(f"{big(device, 'B')} on the device")
     if joules := cost.get("energy_joules"):
         parts.append(f"{joules / 3600:.2g} Wh ({source(cost)})")
         parts.append(f"{cost.get('carbon_grams', 0.0):.2g} g CO2e")
@@ -133,12 +133,15 @@ def source(cost: Mapping[str, float]) -> str:
     return "measured" if share >= 0.999 else f"{share:.0%} measured" if share else "an estimate"
 
 
-def big(value: float) -> str:
-    """1234567 -> `1.23 M`, ready for a unit."""
-    for power, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= power:
-            return f"{value / power:.3g} {prefix}"
-    return f"{value:.3g} "
+_PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def big(value: float, unit: str = "") -> str:
+    """1234567 -> `1.23 M`; with a unit, `1.23 MFLOP`."""
+    # rounded first: 999,999 is 1 M
+    value = float(f"{value:.3g}")
+    power, prefix = next(((p, s) for p, s in _PREFIXES if abs(value) >= p), (1, ""))
+    return f"{value / power:.3g} {prefix}{unit}".strip()
 
 
 # ---- this process --------------------------------------------------------------------------

@@ -150,7 +150,12 @@ def unhashed_settings(settings: Settings, stage: Stage) -> dict[str, Any]:
 def defaults() -> dict[str, Any]:
     """The default of every setting, as JSON."""
     # model_construct: a tree of defaults alone is no valid pipeline (nothing to start from)
-    plain = Settings.model_construct().model_dump(mode="json")
+    return values(Settings.model_construct())
+
+
+def values(settings: Settings) -> dict[str, Any]:
+    """Dotted key -> value as JSON."""
+    plain = settings.model_dump(mode="json")
     return {key: _at(plain, key) for key in field_paths(Settings)}
 
 

@@ -14,7 +14,7 @@ from pipeline import ledger, sources
 from pipeline.lineage import all_manifests, label_rows
 from pipeline.manifest import InputRecord, Manifest
 from pipeline.records import content_id
-from pipeline.report_data import StepView, mapping, read_jsonl
+from pipeline.report_data import StepView, flat, mapping, read_jsonl
 from pipeline.report_plots import finite
 from pipeline.workspace import Run
 
@@ -201,16 +201,14 @@ def shown_annotators(rows: Iterable[Row]) -> dict[str, str]:
 # ---- figures -------------------------------------------------------------------------------
 
 
-def flat(metrics: Row, prefix: str = "") -> dict[str, float | str]:
+def figures(metrics: Row) -> dict[str, float | str]:
     """Every figure and word of nested metrics, under a dotted name."""
     found: dict[str, float | str] = {}
-    for key, value in metrics.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
-        elif (figure := finite(value)) is not None:
-            found[f"{prefix}{key}"] = figure
+    for key, value in flat(metrics).items():
+        if (figure := finite(value)) is not None:
+            found[key] = figure
         elif isinstance(value, str | bool):
-            found[f"{prefix}{key}"] = str(value)
+            found[key] = str(value)
     return found
 
 
@@ -218,7 +216,7 @@ def with_words(metrics: Row, words: tuple[str, ...]) -> dict[str, float | str]:
     """The figures whose name holds one of `words`."""
     return {
         key: value
-        for key, value in flat(metrics).items()
+        for key, value in figures(metrics).items()
         if any(word in key.lower() for word in words)
     }
 

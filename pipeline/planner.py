@@ -116,7 +116,7 @@ def _warnings(found: Row, settings: Settings) -> list[str]:
         needed = step["memory"]["total"]
         if needed > _FULL * most:
             lines.append(
-                f"{step['step']} needs {ledger.big(needed)}B of the {ledger.big(most)}B of a device:"
+                f"{step['step']} needs {ledger.big(needed, 'B')} of the {ledger.big(most, 'B')} of a device:"
                 f" {_remedy(step, settings)}"
             )
     return lines + _ratio_warnings(found, settings)

@@ -68,12 +68,12 @@ def _stages(found: Row, cost: CostSettings) -> list[str]:
         row = [
             step["step"],
             f"{step['trainable']:,}" if step.get("trainable") else "",
-            big(step["tokens"]).strip() if step["tokens"] else "",
-            f"{big(step['flops'])}FLOP" if step["flops"] else "",
+            big(step["tokens"]) if step["tokens"] else "",
+            big(step["flops"], "FLOP") if step["flops"] else "",
             f"{share:.0%}" if share else "",
             clock(step["seconds"]),
             clock(step["busy"]),
-            f"{big(step['peak_memory_bytes'])}B",
+            big(step["peak_memory_bytes"], "B"),
         ]
         rows.append(
             tuple(row + ([f"{step.get('money', 0.0):.2g} {cost.currency}"] if priced else []))
@@ -89,7 +89,7 @@ def _memory(found: Row) -> list[str]:
     rows: list[tuple[str, ...]] = [("memory of one device", *(name for _, name in shown))]
     for step in found["steps"]:
         cells = (step["memory"][key] for key, _ in shown)
-        rows.append((step["step"], *(f"{big(cell)}B" if cell else "" for cell in cells)))
+        rows.append((step["step"], *(big(cell, "B") if cell else "" for cell in cells)))
     return align(rows, right=range(1, len(rows[0])))
 
 
@@ -129,15 +129,15 @@ def _machine(found: Row) -> list[str]:
 def optimum_lines(found: Row, flops: float, rows: list[Row]) -> list[str]:
     """The compute-optimal sizes for a budget beside the configuration's own."""
     table: list[tuple[str, ...]] = [
-        (f"best use of {big(flops)}FLOP", "parameters", "tokens", "tokens a parameter")
+        (f"best use of {big(flops, 'FLOP')}", "parameters", "tokens", "tokens a parameter")
     ]
     tokens = sum(step["tokens"] for step in found["steps"] if step["stage"] == "pretrain")
     parameters = found["model"]["parameters"]
     if tokens:
         ratio = f"{tokens / parameters:.2g}"
-        table.append(("this configuration", big(parameters).strip(), big(tokens).strip(), ratio))
+        table.append(("this configuration", big(parameters), big(tokens), ratio))
     for row in rows:
-        cells = (row["source"], big(row["parameters"]).strip(), big(row["tokens"]).strip())
+        cells = (row["source"], big(row["parameters"]), big(row["tokens"]))
         table.append((*cells, f"{row['tokens_per_parameter']:.1f}"))
     notes = []
     if flops < 6e17:
@@ -165,8 +165,8 @@ def comparison_lines(rows: list[Row]) -> list[str]:
                 clock(row["predicted_busy_seconds"]),
                 clock(actual) if actual else "",
                 percent(row["busy_seconds_error"] if actual else row["seconds_error"]),
-                f"{big(row['predicted_memory'])}B",
-                f"{big(row['actual_memory'])}B",
+                big(row["predicted_memory"], "B"),
+                big(row["actual_memory"], "B"),
                 percent(row["memory_error"]),
             )
         )

@@ -18,7 +18,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from pipeline import states, workspace
+from pipeline import ledger, states, workspace
 from pipeline.files import write_atomic
 from pipeline.plan import STAGES
 from pipeline.report_behaviour import behaviour
@@ -63,10 +63,14 @@ def write_report(run_dir: Path) -> Path:
     """
     run = workspace.open_run(run_dir)
     steps = [read_step(state) for state in states.inspect(run)]
-    page = environment().get_template("report.html.j2").render(_view(run, steps))
+    return write_page("report.html.j2", _view(run, steps), run_dir / workspace.REPORT_FILE)
+
+
+def write_page(template: str, view: Row, target: Path) -> Path:
+    """Fill a template of this folder; the path of the page."""
+    page = _environment().get_template(template).render(view)
     # a broken character (lone surrogate) of a model's text must not cost the whole page
     text = page.encode("utf-8", errors="backslashreplace").decode("utf-8")
-    target = run_dir / workspace.REPORT_FILE
     write_atomic(target, text, durable=False)
     return target
 
@@ -252,25 +256,10 @@ def duration(seconds: Any) -> str | None:
 def big(value: Any, unit: str = "") -> str | None:
     """1234567 -> 1.23 M; with a unit, 1.23 MFLOP."""
     value = finite(value)
-    if not value:
-        return None
-    power, prefix = next(
-        (p, s)
-        for p, s in (
-            (1e18, "E"),
-            (1e15, "P"),
-            (1e12, "T"),
-            (1e9, "G"),
-            (1e6, "M"),
-            (1e3, "k"),
-            (0, ""),
-        )
-        if value >= p
-    )
-    return f"{number(value / (power or 1))} {prefix}{unit}".strip()
+    return ledger.big(value, unit) if value else None
 
 
-def environment() -> jinja2.Environment:
+def _environment() -> jinja2.Environment:
     """How a page is made from a template of this folder."""
     found = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

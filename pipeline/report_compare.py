@@ -16,7 +16,6 @@ from markupsafe import Markup
 
 from pipeline import report, states, workspace
 from pipeline.config import field_paths
-from pipeline.files import write_atomic
 from pipeline.manifest import flat_settings, is_hashed
 from pipeline.plan import STAGES, plan
 from pipeline.records import hash_fraction
@@ -75,10 +74,7 @@ def write_comparison(run_dirs: Sequence[Path], target: Path) -> Path:
         ArtifactError: one was made by a newer version.
     """
     views = read_runs([workspace.open_run(path) for path in run_dirs])
-    page = report.environment().get_template("comparison.html.j2").render(_view(views))
-    text = page.encode("utf-8", errors="backslashreplace").decode("utf-8")
-    write_atomic(target, text, durable=False)
-    return target
+    return report.write_page("comparison.html.j2", _view(views), target)
 
 
 def read_runs(runs: Sequence[Run]) -> list[RunView]:

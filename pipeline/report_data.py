@@ -100,6 +100,17 @@ def mapping(value: Any) -> Row:
     return value if isinstance(value, dict) else {}
 
 
+def flat(values: Row, prefix: str = "") -> Row:
+    """Nested values under dotted names."""
+    found: Row = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
 def chosen_samples(comparisons: list[Row]) -> list[tuple[str, list[Row]]]:
     """Some drawn by a hash of the prompt, so nobody chose them, then the policy's clearest defeats."""
     whole = [row for row in comparisons if isinstance(row.get("prompt"), str)]

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from pipeline.config import field_paths
 from pipeline.manifest import defaults
-from pipeline.report_data import StepView, mapping, rankings_by_annotator
+from pipeline.report_data import StepView, flat, mapping, rankings_by_annotator
 from pipeline.report_plots import Row, dumbbell, finite, share_bar
 from pipeline.settings import Settings
 from pipeline.workspace import Run
@@ -83,20 +83,8 @@ def environment_rows(steps: Iterable[StepView]) -> list[tuple[str, Row]]:
     """Each environment once, with the steps that ran in it."""
     found: dict[str, tuple[list[str], Row]] = {}
     for step in steps:
-        flat = _flat(mapping(step.manifest.get("environment")))
-        if flat:
-            found.setdefault(json.dumps(flat, sort_keys=True, default=str), ([], flat))[0].append(
-                step.name
-            )
-    return [(", ".join(names), flat) for names, flat in found.values()]
-
-
-def _flat(values: Row, prefix: str = "") -> Row:
-    flat: Row = {}
-    for key, value in values.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{key}": value}
-        )
-    return flat
+        made_on = flat(mapping(step.manifest.get("environment")))
+        if made_on:
+            key = json.dumps(made_on, sort_keys=True, default=str)
+            found.setdefault(key, ([], made_on))[0].append(step.name)
+    return [(", ".join(names), made_on) for names, made_on in found.values()]

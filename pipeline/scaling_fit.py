@@ -204,11 +204,11 @@ def lines(fitted: Fitted, flops: float | None) -> list[str]:
     table: list[tuple[str, ...]] = [("run", "parameters", "tokens", "loss", "fitted")]
     for p in sorted(points, key=lambda p: (p.parameters, p.tokens)):
         fit_loss = law.loss(p.parameters, p.tokens)
-        size = (big(p.parameters).strip(), big(p.tokens).strip())
+        size = (big(p.parameters), big(p.tokens))
         table.append((p.name, *size, f"{p.loss:.4f}", f"{fit_loss:.4f}"))
     ahead: list[tuple[str, ...]] = [("beyond the runs", "tokens", "loss", "95 % interval")]
     for n, d, loss, low, high in extrapolated(fitted)[1:]:
-        cells = (big(n).strip(), big(d).strip(), f"{loss:.3f}", f"{low:.3f} to {high:.3f}")
+        cells = (big(n), big(d), f"{loss:.3f}", f"{low:.3f} to {high:.3f}")
         ahead.append((f"{cells[0]} parameters", *cells[1:]))
     budget = flops or 6 * max(p.parameters * p.tokens for p in points)
     return [
@@ -237,7 +237,7 @@ def optimum_line(fitted: Fitted, flops: float) -> str:
         low, high = np.percentile(ratios, _LEVEL)
         known = f"{low:.2g} to {high:.2g}"
     return (
-        f"best use of {big(flops)}FLOP by this law: {big(n).strip()} parameters, {big(d).strip()} tokens:"
+        f"best use of {big(flops, 'FLOP')} by this law: {big(n)} parameters, {big(d)} tokens:"
         f" {ratio:.3g} tokens a parameter (95 % interval: {known})"
     )
 

@@ -30,13 +30,13 @@ def draw(fitted: Fitted, path: Path) -> None:
         axes.plot(tokens, [fitted.law.loss(size, d) for d in tokens], lw=1.2, **look)
         axes.plot(
             *zip(*own, strict=True), _MARKERS[number % 7], ms=6,
-            label=f"{big(size).strip()} parameters", **look,
+            label=f"{big(size)} parameters", **look,
         )  # fmt: skip
     beyond = sizes[-1] * _AHEAD
     found = np.array([fitted.predict(beyond, d) for d in tokens])
     axes.plot(
         tokens, found[:, 0], "--", color="#555555", lw=1.2,
-        label=f"{big(beyond).strip()}, extrapolated (95 %)",
+        label=f"{big(beyond)}, extrapolated (95 %)",
     )  # fmt: skip
     axes.fill_between(tokens, found[:, 1], found[:, 2], color="#555555", alpha=0.15, lw=0)
     axes.axvline(last, color="#999999", lw=0.8, ls=":")

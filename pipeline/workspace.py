@@ -24,7 +24,7 @@ import yaml
 
 import pipeline
 from pipeline import artifacts, launch, manifest, sources
-from pipeline.config import field_paths, read_values, validate
+from pipeline.config import read_values, validate
 from pipeline.errors import ConfigError, LockedError
 from pipeline.files import HashCache, read_json, write_atomic
 from pipeline.processes import stat
@@ -244,7 +244,7 @@ def writer(draft: Run) -> Iterator[tuple[Run, list[str]]]:
 
 def changed_settings(before: Settings, after: Settings) -> list[str]:
     """`sft.lr 1e-4 -> 2e-4` for every setting that differs."""
-    old, new = _flat(before), _flat(after)
+    old, new = manifest.values(before), manifest.values(after)
     return [
         f"{key} {manifest.show(old[key])} -> {manifest.show(new[key])}"
         for key in new
@@ -285,7 +285,7 @@ def config_text(settings: Settings, origins: Origins) -> str:
     lines = ["# The resolved settings. To change one: prefline run RUN key=value"]
     open_sections: tuple[str, ...] = ()
     default = manifest.defaults()
-    for key, value in _flat(settings).items():
+    for key, value in manifest.values(settings).items():
         *sections, name = key.split(".")
         for depth, section in enumerate(sections):
             if open_sections[: depth + 1] != tuple(sections[: depth + 1]):
@@ -304,17 +304,6 @@ def _yaml(value: Any) -> str:
     text = text.removesuffix("\n").removesuffix("\n...")
     # JSON escapes what YAML would spread over several lines
     return text if "\n" not in text else json.dumps(value, ensure_ascii=False)
-
-
-def _flat(settings: Settings) -> dict[str, Any]:
-    plain = settings.model_dump(mode="json")
-    flat = {}
-    for key in field_paths(Settings):
-        value: Any = plain
-        for part in key.split("."):
-            value = value[part]
-        flat[key] = value
-    return flat
 
 
 # ---- the lock ------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def test_the_humans_do_not_know_the_work(name):
     assert not tops(name) & {"stages", "torch", "transformers", "trl", "peft", "accelerate"}
 
 
-DRAWING = {"app", "board", "server", "lead_page", "lead_parts", "lead_prompts", "lead_tabs"}
+DRAWING = {"app", "board", "hosting", "lead_page", "lead_parts", "lead_prompts", "lead_tabs"}
 DRAWING |= {"playground", "playground_chat", "playground_inspect", "playground_tabs"}
 
 

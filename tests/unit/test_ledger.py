@@ -94,9 +94,11 @@ def test_a_total_adds_takes_the_most_and_weighs_shares():
 
 
 def test_numbers_are_short():
-    assert [ledger.big(x) for x in (0.5, 999.0, 1234567.0, 2.5e12)] == [
-        "0.5 ",
-        "999 ",
+    assert [ledger.big(x) for x in (0.5, 999.0, 999_999.0, 1234567.0, 2.5e12)] == [
+        "0.5",
+        "999",
+        "1 M",
         "1.23 M",
         "2.5 T",
     ]
+    assert (ledger.big(999.0, "B"), ledger.big(4e9, "FLOP")) == ("999 B", "4 GFLOP")

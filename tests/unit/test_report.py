@@ -180,8 +180,8 @@ def test_numbers_read_well():
     ]
     assert (duration(9.84), duration(107), duration(3725)) == ("9.8 s", "1 min 47 s", "1 h 2 min")
     assert (big(1_500_000), big(2.5e12, "FLOP"), big(0), big(None)) == (
-        "1.50 M",
-        "2.50 TFLOP",
+        "1.5 M",
+        "2.5 TFLOP",
         None,
         None,
     )
