@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import traceback
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -31,7 +32,8 @@ def build(models: Models, prompts: list[str], save: Save | None, nav: str) -> gr
     choices = [(one.label, one.name) for one in models.offered]
     with gr.Blocks(title="prefline: chat", analytics_enabled=False) as page:
         gr.HTML(nav, apply_default_css=False, elem_classes="pg-nav")
-        talk = gr.State()
+        # one object for all events of a person: what one changes, those under way see
+        talk = gr.State(Talk())
         chosen = gr.CheckboxGroup(
             choices, value=_first_choice(models), label="Models", elem_id="models"
         )
@@ -67,28 +69,25 @@ def build(models: Models, prompts: list[str], save: Save | None, nav: str) -> gr
         controls = _sampling(choices)
 
         async def on_send(
-            state: Talk | None, prompt: str, names: list[str], *values: Any
+            state: Talk, prompt: str, names: list[str], *values: Any
         ) -> AsyncIterator[tuple[Any, ...]]:
-            state = state or Talk()
             try:
                 shared, seed, shaping, max_tokens = _settings(values)
                 turn = _begun(state, prompt, names, shared)
             except Refused as error:
-                yield gr.skip(), state, gr.skip(), refused(error.message)
+                yield gr.skip(), gr.skip(), refused(error.message)
                 return
             state.sampling = {**shaping, "seed": seed, "max_tokens": max_tokens}
-            yield _drawn(state, models), state, "", ""
+            yield _drawn(state, models), "", ""
             async for _ in _written(models, turn, seed, shaping, max_tokens):
-                yield _drawn(state, models), state, gr.skip(), gr.skip()
+                yield _drawn(state, models), gr.skip(), gr.skip()
 
-        async def on_stop(state: Talk | None) -> tuple[Any, ...]:
-            state = state or Talk()
-            state.stop()
-            return _drawn(state, models), state
+        def on_clear(state: Talk) -> tuple[str, str]:
+            state.clear()
+            return _drawn(state, models), ""
 
-        async def on_save(state: Talk | None) -> str:
+        async def on_save(state: Talk) -> str:
             assert save is not None
-            state = state or Talk()
             try:
                 row = state.comparison(models.version_of)
                 new = await asyncio.to_thread(save, row, state.sampling)
@@ -101,22 +100,19 @@ def build(models: Models, prompts: list[str], save: Save | None, nav: str) -> gr
                 )
             return note("This comparison is in the label store already; nothing was added.")
 
-        going = gr.on(
+        gr.on(
             [send.click, box.submit],
             on_send,
             [talk, box, chosen, *controls],
-            [board, talk, box, told],
+            [board, box, told],
             concurrency_limit=16,
             **QUIET,
         )
-        stop.click(on_stop, [talk], [board, talk], cancels=[going], **QUIET)
-        clear.click(
-            lambda: (_drawn(Talk(), models), None, ""),
-            None,
-            [board, talk, told],
-            cancels=[going],
-            **QUIET,
-        )
+        # not Gradio's `cancels`: the answer to an event that comes right behind a cancelled one is
+        # lost now and then, since the stream for answers is closed in between. What is being sent
+        # sees that it was stopped, and draws that.
+        stop.click(lambda state: state.stop(), [talk], None, queue=False, **QUIET)
+        clear.click(on_clear, [talk], [board, told], queue=False, **QUIET)
         keep.click(on_save, [talk], [told], **QUIET)
     page.queue(default_concurrency_limit=16)
     return page
@@ -190,6 +186,8 @@ async def _written(
             last: dict[str, Any] = {}
             async with contextlib.aclosing(stream) as rows:
                 async for last in rows:
+                    if answer.state != "writing":
+                        return
                     answer.text, answer.tokens = last["text"], last["tokens"]
                     answer.seconds = last["seconds"]
                     news.set()
@@ -198,19 +196,26 @@ async def _written(
                 answer.note = "the model reads no more than this"
         except Refused as error:
             answer.state, answer.note = "failed", error.message
+        except Exception:  # noqa: BLE001 - a card that says "writing" for ever tells nobody anything
+            traceback.print_exc()
+            answer.state, answer.note = "failed", "The terminal of the playground says why."
         finally:
             news.set()
 
     work = [asyncio.create_task(fill(name, answer)) for name, answer in turn.answers.items()]
     try:
-        while not all(task.done() for task in work):
-            await news.wait()
+        while turn.writing:
+            try:
+                await asyncio.wait_for(news.wait(), _REDRAW_SECONDS)
+            except TimeoutError:
+                # stop may have been pressed meanwhile
+                continue
             news.clear()
             yield
             await asyncio.sleep(_REDRAW_SECONDS)
         yield
     finally:
-        # stop was pressed, or the page closed: leaving the streams stops the models
+        # done, stopped, or the page was closed: leaving the streams stops the models
         for task in work:
             task.cancel()
         await asyncio.gather(*work, return_exceptions=True)

@@ -38,6 +38,10 @@ class Turn:
     prompt: str
     answers: dict[str, Answer] = field(default_factory=dict)
 
+    @property
+    def writing(self) -> bool:
+        return any(answer.state == "writing" for answer in self.answers.values())
+
 
 @dataclass
 class Talk:
@@ -66,6 +70,12 @@ class Talk:
             for answer in turn.answers.values():
                 if answer.state == "writing":
                     answer.state = "stopped"
+
+    def clear(self) -> None:
+        """Begin anew; whoever still writes into the old turns is stopped."""
+        self.stop()
+        self.turns.clear()
+        self.sampling.clear()
 
     def comparison(self, version_of: Any) -> dict[str, Any]:
         """The last turn as a row of prompt and responses.

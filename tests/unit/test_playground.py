@@ -1,6 +1,8 @@
 """The playground without a browser: who is let in, what is drawn of hostile text, what is saved."""
 
+import asyncio
 import html.parser
+import itertools
 import json
 
 import pytest
@@ -273,6 +275,58 @@ def test_stopping_keeps_what_was_written():
     made.stop()
     assert [answer.state for answer in made.turns[0].answers.values()] == ["stopped", "done"]
     assert made.turns[0].answers["sft"].text == "a"
+
+
+class SlowModels:
+    """Models that write a word at a time and never end; one breaks."""
+
+    def __init__(self):
+        self.left = []
+
+    async def stream(self, question, *, model, **given):
+        try:
+            for number in itertools.count(1):
+                if model == "broken":
+                    raise ValueError("no JSON")
+                yield {"text": "a" * number, "tokens": number, "seconds": 1.0}
+                await asyncio.sleep(0.01)
+        finally:
+            self.left.append(model)
+
+
+@pytest.mark.parametrize("end", ["stop", "clear"])
+def test_who_is_stopped_ends_by_himself_and_the_last_thing_drawn_is_the_truth(end):
+    made, models = Talk(), SlowModels()
+    turn = playground_chat._begun(made, "p", ["sft", "ppo"], playground_talk.OWN)
+    drawn = []
+
+    async def watch():
+        async for _ in playground_chat._written(models, turn, 0, {}, 9):
+            drawn.append([(a.state, a.text) for t in made.turns for a in t.answers.values()])
+            if len(drawn) == 2:
+                getattr(made, end)()
+                stopped_at.append([a.text for a in turn.answers.values()])
+
+    stopped_at = []
+    asyncio.run(asyncio.wait_for(watch(), 30))
+    texts = [answer.text for answer in turn.answers.values()]
+    assert texts == stopped_at[0]
+    assert all(texts)
+    assert [answer.state for answer in turn.answers.values()] == ["stopped", "stopped"]
+    assert drawn[-1] == ([] if end == "clear" else [("stopped", text) for text in texts])
+    assert sorted(models.left) == ["ppo", "sft"]
+
+
+def test_what_nobody_foresaw_is_a_failed_answer_and_not_one_that_is_written_for_ever(capsys):
+    made = Talk()
+    turn = playground_chat._begun(made, "p", ["broken"], playground_talk.OWN)
+
+    async def watch():
+        return [None async for _ in playground_chat._written(SlowModels(), turn, 0, {}, 9)]
+
+    assert asyncio.run(asyncio.wait_for(watch(), 30))
+    assert turn.answers["broken"].state == "failed"
+    assert "ValueError: no JSON" in capsys.readouterr().err
 
 
 # ---- saving --------------------------------------------------------------------------------
