@@ -186,7 +186,7 @@ class Page:
     def until(self, condition, seconds=60):
         # the page may be drawn again, or come anew, between a look and the next
         moving = (StaleElementReferenceException, NoSuchElementException)
-        wait = WebDriverWait(self.driver, seconds, 0.05, ignored_exceptions=moving)
+        wait = WebDriverWait(self.driver, seconds, 0.1, ignored_exceptions=moving)
         return wait.until(lambda _: condition())
 
     # ---- what is on it ---------------------------------------------------------------------

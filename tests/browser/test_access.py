@@ -7,7 +7,7 @@ from tests.browser.checks import is_dark, sticks_out, violations
 
 pytestmark = pytest.mark.browser
 
-LONG = "A rather long answer that goes on. " * 60
+LONG = "A rather long answer that goes on. " * 20
 CODE = (
     "```python\n"
     + "value = some_function(with_many, arguments, and_more)  # "
