@@ -26,7 +26,6 @@ rises), gold_drop from there to the end (0) and gold_fell (false; true: optimise
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -41,7 +40,6 @@ from stages.alarms import Alarms
 from stages.chat import decode_response
 from stages.checkpoints import (
     Checkpointer,
-    Tensors,
     load_optimizer,
     load_trainable,
     optimizer_tensors,
@@ -76,18 +74,19 @@ from stages.frontier import (
     describe,
     validation_row,
 )
+from stages.keeping import Keeper
 from stages.models import (
     contract_of,
     merge_lora,
     positions,
     save_model,
 )
-from stages.over_optimisation import mean, smoothed
+from stages.over_optimisation import mean
 from stages.ppo_models import load_models
 from stages.prompts import PromptIds, encode_prompts, load_prompts, longest_prompt, of_split
 from stages.ptx import PtxRows
 from stages.rollout import Sequences, in_micro_batches
-from stages.sharding import accumulate, like, make_whole, most
+from stages.sharding import accumulate, make_whole, most
 from stages.stops import check_finite, check_policy
 
 
@@ -118,13 +117,13 @@ def run(settings: Settings, inputs: Inputs, out: Out) -> Metrics:
     finally:
         models.engine.close()
 
-    load_trainable(agent.policy_parameters(), loop.best)
+    load_trainable(agent.policy_parameters(), loop.keeper.best)
     make_whole(agent.policy)
     policy = merge_lora(agent.policy)
     if out.rank == 0:
         save_model(policy, models.tokenizer, out.artifact)
     out.contract.update(contract_of(models.tokenizer, policy))
-    metrics = {"updates": settings.ppo.updates, **loop.best_metrics}
+    metrics = {"updates": settings.ppo.updates, **loop.keeper.metrics}
     if models.gold is not None:
         metrics |= describe(settings, loop.baseline, metrics, out)
     return metrics
@@ -168,13 +167,7 @@ class _Loop:
         self.alarms = Alarms("ppo", 2 * ppo.kl_target, 2 * ppo.max_update_kl)
         self.kl_coef = ppo.kl_coef
         self.update = 0
-        self.best: Tensors = {}
-        self.best_metrics: Metrics = {}
-        self.best_value = -math.inf
-        # with keep: best_gold, a validation is compared once the one after it is known
-        self.waiting: Tensors = {}
-        self.waiting_metrics: Metrics = {}
-        self.gold_means: list[float] = []
+        self.keeper = Keeper(self.policy_parameters, ppo.keep, ppo.updates)
         self.baseline: dict[str, Any] | None = None
         self._tell()
 
@@ -459,27 +452,9 @@ class _Loop:
             each = validation_row(rollout)
             found["validation_gold"] = mean(each["gold"])
             self.out.validation(update, **each)
-        if self.ppo.keep == "best_gold":
-            self._keep_best_gold({"best_update": update, **found})
-        elif found["validation_reward"] > self.best_value:
-            self.best, self.best_value = self._policy_now(), found["validation_reward"]
-            self.best_metrics = {"best_update": update, **found}
+        self.keeper.offer(update, found)
         self._show(update, rollout)
         return found
-
-    def _policy_now(self) -> Tensors:
-        return {name: p.detach().clone() for name, p in self.policy_parameters.items()}
-
-    def _keep_best_gold(self, metrics: Metrics) -> None:
-        """Compare the validation before, whose neighbours are known now; at the end this one, too."""
-        self.gold_means.append(metrics["validation_gold"])
-        values = smoothed(self.gold_means)
-        if self.waiting and values[-2] > self.best_value:
-            self.best, self.best_metrics = self.waiting, self.waiting_metrics
-            self.best_value = values[-2]
-        self.waiting, self.waiting_metrics = self._policy_now(), metrics
-        if metrics["best_update"] == self.ppo.updates and values[-1] > self.best_value:
-            self.best, self.best_metrics, self.best_value = self.waiting, metrics, values[-1]
 
     def _show(self, update: int, rollout: Rollout, count: int = 3) -> None:
         for i in range(min(count, len(self.validation))):
@@ -499,15 +474,11 @@ class _Loop:
                 "value": self.value_parameters,
                 "policy_optimizer": optimizer_tensors(self.policy_optimizer),
                 "value_optimizer": optimizer_tensors(self.value_optimizer),
-                "best": self.best,
-                **({"waiting": self.waiting} if self.waiting else {}),
+                **self.keeper.tensors(),
             },
             {
-                "waiting_metrics": self.waiting_metrics,
-                "gold_means": self.gold_means,
+                **self.keeper.state(),
                 "kl_coef": self.kl_coef,
-                "best_metrics": self.best_metrics,
-                "best_value": self.best_value,
                 "alarms": self.alarms.state(),
                 "cost": self.out.cost,
             },
@@ -518,23 +489,11 @@ class _Loop:
         found = self.checkpoints.load_latest()
         if found is None:
             return False
-        device = self.accelerator.device
         load_trainable(self.policy_parameters, found.tensors["policy"])
         load_trainable(self.value_parameters, found.tensors["value"])
         load_optimizer(self.policy_optimizer, found.tensors.get("policy_optimizer", {}))
         load_optimizer(self.value_optimizer, found.tensors["value_optimizer"])
-        self.best, self.waiting = (
-            {
-                name: like(tensor.to(device), self.policy_parameters[name])
-                for name, tensor in found.tensors.get(group, {}).items()
-            }
-            for group in ("best", "waiting")
-        )
-        # a checkpoint of before gold could decide has none of these
-        self.waiting_metrics = found.state.get("waiting_metrics", {})
-        self.gold_means = found.state.get("gold_means", [])
-        self.best_metrics = found.state["best_metrics"]
-        self.best_value = found.state["best_value"]
+        self.keeper.restore(found.tensors, found.state)
         self.alarms.restore(found.state["alarms"])
         self.kl_coef = found.state["kl_coef"]
         self.out.cost.update(found.state["cost"])

@@ -15,6 +15,7 @@ from stages import ppo
 from stages.alarms import Alarms
 from stages.checkpoints import Checkpointer
 from stages.common import adamw
+from stages.keeping import Keeper
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A loop that has measured its start and has no update to do."""
 
     def validate(self: Any, update: int) -> dict[str, float]:
-        self.best, self.best_metrics = {}, {"best_update": update}
+        self.keeper.offer(update, {"validation_reward": 1.0})
         return {"validation_score": 1.0}
 
     monkeypatch.setattr(ppo._Loop, "_validate", validate)
@@ -39,9 +40,8 @@ def loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     found.accelerator = SimpleNamespace(device="cpu")
     found.ppo = SimpleNamespace(updates=0)
     found.alarms = Alarms("ppo", 12.0, 0.04)
-    found.update, found.kl_coef, found.best_metrics, found.best_value = 0, 0.1, {}, 0.0
-    found.baseline, found.gold_means = None, []
-    found.waiting, found.waiting_metrics, found.best = {}, {}, {}
+    found.keeper = Keeper(found.policy_parameters, "best_reward", 0)
+    found.update, found.kl_coef, found.baseline = 0, 0.1, None
     return found
 
 
