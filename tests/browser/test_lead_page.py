@@ -117,8 +117,7 @@ def test_a_lead_reads_a_prompt_and_makes_it_a_known_answer_and_nothing_hostile_a
 
 
 # 360: a small phone
-@pytest.mark.parametrize("width", [360, 1280])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (1280, "dark")])
 def test_nothing_sticks_out_on_any_tab_and_axe_finds_nothing_serious(page, lead, width, scheme):
     page.resize(width, 844, mobile=width < 500)
     page.scheme(scheme)

@@ -151,12 +151,8 @@ def test_a_killed_line_goes_on_with_another_number_of_processes(
 def test_a_killed_line_ends_with_the_same_digests_and_rows(whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "killed"
     process = start("run", "configs/tiny.yaml", f"run.dir={run}")
-    for glob in (
-        "pretrain/*/checkpoints/step-00000040",
-        "sft/*/checkpoints/*/*.json",
-        "reward/*/checkpoints/step-00000003",
-        "ppo/*/checkpoints/step-00000002",
-    ):
+    # two of many moments: `make faults` tries dozens
+    for glob in ("sft/*/checkpoints/*/*.json", "ppo/*/checkpoints/step-00000002"):
         kill_when(run, process, glob)
         process = start("resume", str(run))
     assert process.wait(timeout=300) == 0
