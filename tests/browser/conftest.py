@@ -11,7 +11,8 @@ def server(tmp_path_factory):
     site.stop()
 
 
-@pytest.fixture(scope="session")
+# not for the session: a module may have a server of its own
+@pytest.fixture(scope="module")
 def window(server):
     page = Page(server)
     yield page

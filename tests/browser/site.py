@@ -35,6 +35,30 @@ def program(name):
     return path
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def serve(module, run, port):
+    """A server of ours in a process of its own, once it answers."""
+    command = [sys.executable, "-m", module, str(run), "--port", str(port)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz")
+            return process
+        except OSError:
+            assert process.poll() is None, "the server ended"
+            time.sleep(0.25)
+    process.kill()
+    process.wait()
+    pytest.fail("the server does not answer")
+
+
 class Site:
     """A server over a store of its own. `clear` makes it as new for the next test."""
 
@@ -42,26 +66,13 @@ class Site:
         self.run = folder
         (folder / "config.yaml").write_text("model: {base: ./m}\n")
         self.store = Store(folder / "labels.db")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.process = None
         self.person()
 
     def start(self):
-        command = [sys.executable, "-m", "labeling_ui.server", str(self.run), "--port"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen([*command, str(self.port)], cwd=ROOT, env=environment)
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(self.url + "/healthz")
-                return
-            except OSError:
-                assert self.process.poll() is None, "the server ended"
-                time.sleep(0.25)
-        self.stop()
-        pytest.fail("the server does not answer")
+        self.process = serve("labeling_ui.server", self.run, self.port)
 
     def stop(self):
         self.process.kill()

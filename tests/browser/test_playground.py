@@ -1,12 +1,7 @@
 """The playground in a browser: answers stream, seeds repeat, comparisons are saved, pictures are drawn."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 
 import pytest
 import sqlalchemy as sa
@@ -16,7 +11,7 @@ from selenium.webdriver.common.keys import Keys
 from labeling_ui.schema import tasks
 from labeling_ui.store import open_run_store
 from tests.browser.checks import is_dark, outside_requests, sticks_out, violations
-from tests.browser.site import ROOT, Page
+from tests.browser.site import free_port, serve
 from tests.browser.test_hostile import HOSTILE
 from tests.tiny_run import make_run
 
@@ -30,21 +25,9 @@ class Playground:
 
     def __init__(self, folder):
         self.run = make_run(folder / "run")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", "labeling_ui.playground", str(self.run.path), "--port"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen([*command, str(self.port)], cwd=ROOT, env=environment)
-        for _ in range(1200):
-            try:
-                urllib.request.urlopen(self.url + "/healthz")
-                return
-            except OSError:
-                assert self.process.poll() is None, "the server ended"
-                time.sleep(0.25)
-        pytest.fail("the server does not answer")
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self.process = serve("labeling_ui.playground", self.run.path, port)
 
 
 @pytest.fixture(scope="module")
@@ -53,20 +36,6 @@ def server(tmp_path_factory):
     yield made
     made.process.kill()
     made.process.wait()
-
-
-@pytest.fixture(scope="module")
-def window(server):
-    page = Page(server)
-    yield page
-    page.driver.quit()
-
-
-@pytest.fixture
-def page(window):
-    window.resize(1280, 900)
-    window.scheme("light")
-    return window
 
 
 def go(page, path):

@@ -9,7 +9,9 @@ from torch import nn
 from stages.keeping import Keeper
 
 
-def fill(keeper: Keeper, parameters: dict[str, nn.Parameter], name: str, values: list[float]) -> None:
+def fill(
+    keeper: Keeper, parameters: dict[str, nn.Parameter], name: str, values: list[float]
+) -> None:
     for update, value in enumerate(values):
         with torch.no_grad():
             parameters["w"].fill_(update)
