@@ -154,6 +154,8 @@ def _stage(bench: Bench, step: Row, decode: DecodeCost | None) -> StageCost:
         return policy_costs.online(bench, _known(decode))
     if stage in ("dpo", "kto"):
         return policy_costs.offline(bench, rankings)
+    if stage == "answers":
+        return policy_costs.answers(bench, _known(decode), len(step["roles"]))
     return policy_costs.evaluate(bench, _known(decode), len(step["roles"]), rankings)
 
 

@@ -165,11 +165,41 @@ def offline(bench: Bench, rankings: int) -> StageCost:
     return StageCost(parts, rows * probe.row, flops, memory, [_TRL], size.trainable)
 
 
+def answers(bench: Bench, decode: DecodeCost, roles: int) -> StageCost:
+    """The step of its own in which models answer, where people judge them."""
+    own = bench.settings.evaluate
+    probe = Probe(bench, own.max_response_tokens, own.rows_per_rank, NO_LORA)
+    count = _prompts(bench)
+    return StageCost(
+        [
+            *storage(bench, loads=roles, saves=0),
+            _answering(bench, decode, probe, count * roles, min(own.rows_per_rank, count)),
+        ],
+        count * roles * mean(probe.lengths),
+        count * roles * scaling.generation_flops(bench.size, probe.prompt, mean(probe.lengths)),
+        lambda: scaling.together(
+            bench.frozen(), bench.decoding(min(own.rows_per_rank, count), probe.longest)
+        ),
+    )
+
+
+def _prompts(bench: Bench) -> int:
+    most = bench.settings.evaluate.max_prompts
+    return min(most, bench.work.prompts.get("test", most))
+
+
+def _answering(
+    bench: Bench, decode: DecodeCost, probe: Probe, count: int, rows: int
+) -> tuple[str, float, Seconds]:
+    answered = decode.all(probe.lengths, count, rows) * (bench.scale / max(1, count))
+    return "answer", count / bench.processes, answered
+
+
 def evaluate(bench: Bench, decode: DecodeCost, roles: int, rankings: int) -> StageCost:
-    """roles: models that answer: policy, sft and, where there is one, base."""
+    """roles: models that are judged: policy, sft and, where there is one, base."""
     own, work = bench.settings.evaluate, bench.work
     probe = Probe(bench, own.max_response_tokens, own.rows_per_rank, NO_LORA)
-    count = min(own.max_prompts, work.prompts.get("test", own.max_prompts))
+    count = _prompts(bench)
     model = bench.policy()
     read = probe.logprobs(model, own.rows_per_rank)
     texts = min(own.max_documents, work.heldout_documents) if work.documents else own.max_documents
@@ -177,20 +207,21 @@ def evaluate(bench: Bench, decode: DecodeCost, roles: int, rankings: int) -> Sta
         _PERPLEXITY_TOKENS, mean(work.document_lengths) or mean([len(i) for i, _ in work.rows])
     )
     share = 1.0 / bench.processes
-    answers = count * (roles + own.best_of)
+    judged = count * (roles + own.best_of)
+    # where people judge, all but the best of n have answered in a step before
+    said = count * own.best_of if "people" in own.judges else judged
     rows = min(own.rows_per_rank, count)
-    answered = decode.all(probe.lengths, answers, rows) * (bench.scale / max(1, answers))
     # until enough held-out documents are found
     searched = min(1.0, texts / max(1, work.heldout_documents))
     parts = [
         *storage(bench, loads=roles, saves=0),
         ("read the text", searched, work.read_texts),
-        ("answer", answers * share, answered),
+        *([_answering(bench, decode, probe, said, rows)] if said else []),
         ("answer read by sft", count * share, read),
         # a reading of so many tokens
         ("document read", texts * roles * (text / probe.row), read),
     ]
-    flops = answers * scaling.generation_flops(bench.size, probe.prompt, mean(probe.lengths))
+    flops = said * scaling.generation_flops(bench.size, probe.prompt, mean(probe.lengths))
     flops += scaling.forward_flops(
         bench.size, count * probe.row + texts * roles * text, probe.row / 2
     )
@@ -199,7 +230,7 @@ def evaluate(bench: Bench, decode: DecodeCost, roles: int, rankings: int) -> Sta
         parts.append(("answer scored", float(count * own.best_of), probe.scores(own.rows_per_rank)))
     if "rubric" in own.judges:
         # qualities, form, skeleton and two scores of each answer
-        parts.append(("answer judged", float(answers) * 3, _RUBRIC))
+        parts.append(("answer judged", float(judged) * 3, _RUBRIC))
     if "reward_model" in own.judges and rankings:
         heldout = rankings * bench.settings.rank.heldout_fraction
         once, checked, _ = reward_probe(bench)
@@ -212,5 +243,5 @@ def evaluate(bench: Bench, decode: DecodeCost, roles: int, rankings: int) -> Sta
         tokens = heldout * epochs * work.responses_per_ranking * probe.row
         flops += scaling.train_flops(size, tokens, probe.row / 2)
         held.append(bench.trained(bench.settings.reward.lora))
-    tokens = answers * mean(probe.lengths)
+    tokens = said * mean(probe.lengths)
     return StageCost(parts, tokens, flops, lambda: scaling.together(*held))

@@ -157,3 +157,16 @@ def test_the_child_measures_a_small_line_and_its_work_adds_up(tmp_path):
     )
     again = next(step for step in twice["steps"] if step["step"] == "ppo")
     assert again["tokens"] == pytest.approx((40 * 16 + 15 * 16) * 48, rel=0.15)
+
+
+@pytest.mark.slow
+def test_what_people_judge_is_answered_once():
+    changes = ["ppo.updates=4", "pretrain.steps=10", "evaluate.judges=[people, rubric]"]
+    found = planner.make_plan(load_settings(Settings, ROOT / "configs" / "tiny.yaml", changes))
+    steps = {step["step"]: step for step in found["steps"]}
+    assert list(steps)[-3:] == ["answers", "judge", "evaluate"]
+    answered = [
+        step for step, row in steps.items() if "answer" in {p["what"] for p in row["parts"]}
+    ]
+    assert answered == ["answers"]
+    assert steps["answers"]["tokens"] > 0 == steps["evaluate"]["tokens"]
