@@ -42,9 +42,9 @@ faults: $(STAMP)
 	$(BIN)/python -m tests.faults --page docs/faults.md
 
 sweep: $(STAMP)
-	for size in 48 96 192; do for steps in 250 600 1500; do \
+	for one in 32:2.4e-2 64:1.2e-2 128:6e-3; do size=$${one%:*}; for steps in 800 1600 3200; do \
 	  $(BIN)/prefline run configs/sweep.yaml run.name=sweep-$$size-$$steps \
-	    model.hidden_size=$$size pretrain.steps=$$steps || exit; done; done
+	    model.hidden_size=$$size pretrain.lr=$${one#*:} pretrain.steps=$$steps || exit; done; done
 	$(BIN)/prefline plan --fit runs/sweep-*
 
 mutants: $(STAMP)

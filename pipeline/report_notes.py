@@ -42,7 +42,10 @@ def careful_notes(
     if "rank" in last:
         notes += _rankings(last["rank"].metrics, settings)
     notes += [
-        note for name in ("ppo", "grpo", "rloo") if name in last for note in _kept(last[name])
+        note
+        for name in ("ppo", "grpo", "rloo")
+        if name in last
+        for note in _kept(last[name], name == "ppo" and settings.ppo.keep == "best_gold")
     ]
     if "ppo" in last:
         judge = last["evaluate"].metrics.get("judge") if "evaluate" in last else None
@@ -169,7 +172,7 @@ def _rankings(metrics: Row, settings: Settings) -> Iterator[str]:
         yield "The annotators were simulated: this shows that the machinery works, not what people like."
 
 
-def _kept(step: StepView) -> Iterator[str]:
+def _kept(step: StepView, by_gold: bool) -> Iterator[str]:
     best = finite(step.metrics.get("best_update"))
     curve = points(step.rows, "validation_reward")
     if best == 0:
@@ -183,10 +186,12 @@ def _kept(step: StepView) -> Iterator[str]:
             f" ({step.stage}.updates) might still help."
         )
     elif curve and best is not None:
+        figures = f"{number(dict(curve).get(best))} against {number(curve[-1][1])}"
+        # gold is smoothed over its neighbours: two of its values alone may say otherwise
+        why = "by gold" if by_gold else f"validation reward {figures}"
         yield (
-            f"{step.stage.upper()} was better at update {number(best)} than at its end"
-            f" (validation reward {number(max(y for _, y in curve))} against {number(curve[-1][1])});"
-            " the better one was kept."
+            f"{step.stage.upper()} was better at update {number(best)} than at its end ({why}); the"
+            " better one was kept."
         )
     ended = points(step.rows, "eos_rate")
     if ended and ended[-1][1] < 0.9:

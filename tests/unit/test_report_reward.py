@@ -183,3 +183,17 @@ def test_the_notes_warn_of_a_run_that_went_too_far_and_of_a_judge_that_is_not_ap
     assert "gold was highest" not in notes(keep="best_gold")
     assert "same held-out rankings" in notes(keep="best_gold")
     assert "same held-out rankings" not in notes(keep="best_gold", gold_model="x")
+
+
+def test_what_was_kept_by_gold_is_not_said_to_be_kept_by_reward():
+    tree = {"pretrain": {"data": "demo:stories"}, "sample": {"prompts": "demo:prompts"}}
+    rows = [{"step": step, "validation_reward": step / 100} for step in (0, 20, 40)]
+
+    def notes(**ppo):
+        settings = Settings.model_validate({**tree, "ppo": {"gold": "reward_model", **ppo}})
+        made = {"metrics": {"best_update": 20}}
+        view = StepView("ppo", "ppo", 1, "done", "done", None, made, rows)
+        return " ".join(careful_notes(settings, [view], []))
+
+    assert "better at update 20 than at its end (by gold)" in notes(keep="best_gold")
+    assert "(validation reward 0.200 against 0.400)" in notes()
