@@ -4,7 +4,7 @@
 #                     chromium-driver:  apt-get install chromium chromium-driver
 # make lint   ruff and mypy                    make bench  against the peers, writes docs/benchmarks.md
 # make faults  kill a small line at 70 moments and resume it, writes docs/faults.md (half an hour)
-# make sweep  nine tiny models of three sizes and three lengths, and a law fitted to them (ten minutes or more)
+# make sweep  nine tiny models of three sizes and three lengths, and a law fitted to them (twelve minutes)
 # make mutants  break the arithmetic of PPO and of the reward losses bit by bit, writes docs/mutants.md
 #
 # Each needs Python >= 3.11, make and git only: .venv is made on the first call, and again only when
