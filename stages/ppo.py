@@ -68,19 +68,9 @@ from stages.experience import (
     rollout_metrics,
     to_experience,
 )
-from stages.frontier import (
-    baseline_cost,
-    best_of_n_baseline,
-    describe,
-    validation_row,
-)
+from stages.frontier import baseline_cost, best_of_n_baseline, describe, validation_row
 from stages.keeping import Keeper
-from stages.models import (
-    contract_of,
-    merge_lora,
-    positions,
-    save_model,
-)
+from stages.models import contract_of, merge_lora, positions, save_model
 from stages.over_optimisation import mean
 from stages.ppo_models import load_models
 from stages.prompts import PromptIds, encode_prompts, load_prompts, longest_prompt, of_split
