@@ -40,7 +40,8 @@ def replace_durably(temporary: Path, path: Path) -> None:
 def put_folder(made: Path, to: Path) -> None:
     """Give a complete folder its name, in place of what is there; between two renames there is neither."""
     sync_all(made)
-    old = to.with_name(f".{to.name}.old")
+    # a name of this process: a `.NAME.old` of somebody else is not ours to remove
+    old = to.with_name(f".{to.name}.{os.getpid()}.old")
     shutil.rmtree(old, ignore_errors=True)
     if to.exists():
         os.replace(to, old)
